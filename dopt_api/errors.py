@@ -1,0 +1,109 @@
+"""The exception tree: every error the toolkit raises on purpose is a :class:`DoptError`.
+
+An error is a full sentence for a person and a set of facts for a program: what went wrong, where
+(file, line, layer), what was expected, and how to fix it. The facts are attributes of the same names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BackendError",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "DoptError",
+    "ModelError",
+    "NumbersError",
+    "OutputError",
+    "ParamsError",
+    "StrategyError",
+    "closest",
+]
+
+
+class DoptError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: What went wrong, as a sentence without a final full stop.
+        where: File, line, layer or argument the error is about.
+        expected: What would have been right.
+        fix: What the user can do now.
+
+    Example:
+        >>> print(DoptError("There is no layer 'conv9'", where="config.json", fix="Remove it."))
+        There is no layer 'conv9'. Where: config.json. Fix: Remove it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        super().__init__(what, where, expected, fix)
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.fix = fix
+
+    def __str__(self) -> str:
+        parts = [
+            self.what,
+            f"Where: {self.where}" if self.where else "",
+            f"Expected: {self.expected}" if self.expected else "",
+            f"Fix: {self.fix}" if self.fix else "",
+        ]
+        return " ".join(part if part.endswith((".", "?", "\n")) else f"{part}." for part in parts if part)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.where, self.expected, self.fix))
+
+
+def _rebuild(kind: type[DoptError], what: str, where: str, expected: str, fix: str) -> DoptError:
+    return kind(what, where=where, expected=expected, fix=fix)
+
+
+class ConfigError(DoptError):
+    """The strategy file cannot be read, or does not fit the model."""
+
+
+class StrategyError(ConfigError):
+    """A quantization strategy is unknown, or not supported for a kind of layer."""
+
+
+class ModelError(DoptError):
+    """The model cannot be handled: foreign, already quantized, wrapped, or its input is wrong."""
+
+
+class BackendError(DoptError):
+    """A backend is missing, broken, or breaks the hook contract."""
+
+
+class CalibrationError(DoptError):
+    """Statistics are missing or unusable (never run, NaN, infinite)."""
+
+
+class CheckpointError(DoptError):
+    """A checkpoint is missing, unreadable, unsafe, or does not fit the model."""
+
+
+class OutputError(DoptError):
+    """A result cannot be written."""
+
+
+class ParamsError(DoptError):
+    """A parameter file does not follow its format."""
+
+
+class NumbersError(DoptError, ValueError):
+    """A number that cannot be quantized: NaN, infinite, or a scale that is not positive."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return a hint such as ``"Did you mean 'conv1/Conv2D'?"``, or an empty string.
+
+    Example:
+        >>> closest("conv1/Conv2d", ["conv1/Conv2D", "fc/Linear"])
+        "Did you mean 'conv1/Conv2D'?"
+    """
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {found[0]!r}?" if found else ""

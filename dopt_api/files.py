@@ -1,0 +1,85 @@
+"""Files appear whole or not at all: they are written aside and renamed into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dopt_api.errors import OutputError
+
+__all__ = ["StrPath", "staged", "write_text"]
+
+StrPath = str | os.PathLike[str]
+
+
+@contextmanager
+def staged(directory: StrPath) -> Iterator[Path]:
+    """Yield a temporary folder whose files move into ``directory`` when the block succeeds.
+
+    Each file appears by one rename, in alphabetical order. If the block fails, nothing is left behind.
+
+    Args:
+        directory: An existing folder.
+
+    Raises:
+        OutputError: The folder does not exist or cannot be written, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with staged(folder) as aside:
+        ...         _ = (aside / "a.txt").write_text("all of it")
+        ...     os.listdir(folder)
+        ['a.txt']
+    """
+    target = Path(directory)
+    if not target.is_dir():
+        kind = "is a file" if target.exists() else "does not exist"
+        raise OutputError(
+            f"The output directory {str(target)!r} {kind}",
+            where=str(target.absolute()),
+            expected="an existing directory",
+            fix=f"Create it, for example by os.makedirs({str(target)!r}), or pass another one.",
+        )
+    aside: Path | None = None
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=".dopt-", dir=target))
+        yield aside
+        for file in sorted(aside.iterdir()):
+            os.replace(file, target / file.name)
+    except OSError as error:
+        raise OutputError(
+            f"Writing to {str(target)!r} failed: {error.strerror or error}",
+            where=str(target.absolute()),
+            expected="a writable directory with enough free space",
+            fix="Free some space or pass another directory; nothing was left half-written.",
+        ) from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: StrPath, text: str) -> Path:
+    """Write ``text`` (UTF-8) to ``path``, whole or not at all, and return the path.
+
+    Raises:
+        OutputError: The folder does not exist or cannot be written, the path is a folder, or the disk is full.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(
+            f"{str(target)!r} is a directory",
+            where=str(target.absolute()),
+            expected="the path of a file",
+            fix=f"Add a file name, such as {str(target / 'config_gen.json')!r}.",
+        )
+    if target.is_symlink():  # write through the link: renaming onto it would replace the link itself
+        with suppress(OSError):
+            target = target.resolve()
+    with staged(target.parent) as aside:
+        (aside / target.name).write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)

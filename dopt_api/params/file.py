@@ -1,0 +1,286 @@
+"""The parameter file ``quant_params.json``: scales and zero points of every quantized layer.
+
+Its JSON Schema is published beside this module as ``quant_params.schema.json``. Numbers are written with the fewest
+digits that read back to the same float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dopt_api._version import __version__
+from dopt_api.errors import ParamsError
+from dopt_api.files import StrPath
+from dopt_api.params.layers import QuantizedLayer
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "BiasParams",
+    "LayerParams",
+    "QuantParams",
+    "TensorParams",
+    "layer_params",
+    "read_params",
+    "render_params",
+]
+
+FORMAT = "dopt.quant_params"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorParams:
+    """How one tensor of the written graph is quantized.
+
+    Attributes:
+        tensor: Name of an initializer or an edge of the graph.
+        dtype: ``uint8``, ``int8`` ...
+        bits: Width of the integers.
+        scale: Float32 values as Python floats: one, or one per channel of ``axis``.
+        zero_point: As many integers.
+        axis: The channel axis of the tensor as it stands in the graph, or ``None``.
+    """
+
+    tensor: str
+    dtype: str
+    bits: int
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class BiasParams:
+    """How a bias is quantized: zero point 0, ``scale`` one value per output channel."""
+
+    tensor: str
+    dtype: str
+    scale: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerParams:
+    """The parameters of one layer.
+
+    Attributes:
+        name: The layer's name in the strategy file.
+        node: The node of the written graph that computes it; for a layer that is called several times, the first.
+        op_type: The layer's kind.
+        strategy: Its strategy.
+        input: Quantization of its input.
+        weight: Quantization of its weight.
+        bias: Quantization of its bias, or ``None`` without one.
+        other_calls: Further ``(node, input edge)`` pairs of a layer that is called several times.
+    """
+
+    name: str
+    node: str
+    op_type: str
+    strategy: str
+    input: TensorParams
+    weight: TensorParams
+    bias: BiasParams | None
+    other_calls: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """A whole parameter file: the graph's file name and the quantized layers in execution order."""
+
+    model: str
+    layers: tuple[LayerParams, ...]
+
+
+def layer_params(
+    layer: QuantizedLayer,
+    *,
+    calls: Sequence[tuple[str, str]],
+    weight_tensor: str,
+    weight_axis: int,
+    bias_tensor: str | None,
+) -> LayerParams:
+    """Return the entry of a quantized layer.
+
+    Args:
+        layer: The layer.
+        calls: ``(node, input edge)`` for each place of the graph that computes the layer, in execution order.
+        weight_tensor: The weight's initializer.
+        weight_axis: The output channels' axis of that initializer.
+        bias_tensor: The bias's initializer, or ``None``.
+    """
+    activation, weight = layer.plan.strategy.activation, layer.plan.strategy.weight
+    (node, edge), *others = calls
+    return LayerParams(
+        name=layer.plan.name,
+        node=node,
+        op_type=layer.plan.op_type,
+        strategy=layer.plan.strategy.name,
+        input=TensorParams(
+            edge, activation.dtype, activation.bits, _floats(layer.input_scale), (layer.input_zero_point,), None
+        ),
+        weight=TensorParams(
+            weight_tensor,
+            weight.dtype,
+            weight.bits,
+            _floats(layer.weight_scale),
+            (0,) * layer.weight_scale.size,
+            weight_axis if weight.per_channel else None,
+        ),
+        bias=None
+        if bias_tensor is None or layer.bias_scale is None
+        else BiasParams(bias_tensor, "int32", _floats(layer.bias_scale)),
+        other_calls=tuple(others),
+    )
+
+
+def render_params(params: QuantParams) -> str:
+    """Return the text of a parameter file; equal parameters give equal text, to the byte."""
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "producer": {"name": "dopt", "version": __version__},
+        "model": params.model,
+    }
+    lines = ["{", *(f" {_json(key)}: {_json(value)}," for key, value in head.items()), ' "layers": [']
+    for number, layer in enumerate(params.layers):
+        entry = asdict(layer)
+        if not entry["other_calls"]:
+            del entry["other_calls"]
+        body = ",\n".join(f"   {_json(key)}: {_json(value)}" for key, value in entry.items())
+        lines += ["  {", body, "  }" if number + 1 == len(params.layers) else "  },"]
+    return "\n".join([*lines, " ]", "}"]) + "\n"
+
+
+def read_params(path: StrPath) -> QuantParams:
+    """Read and check a parameter file.
+
+    Raises:
+        ParamsError: The file is missing or does not follow the format; the message names the place.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "quant_params.json"
+        ...     _ = file.write_text(render_params(QuantParams("model.onnx", ())))
+        ...     read_params(file)
+        QuantParams(model='model.onnx', layers=())
+    """
+    file = Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(
+            f"The parameter file {str(file)!r} cannot be read: {error.strerror or error}",
+            where=str(file.absolute()),
+            fix="Check the path; an export writes quant_params.json beside the model.",
+        ) from error
+    except ValueError as error:
+        raise ParamsError(f"The parameter file {str(file)!r} is not JSON: {error}", where=str(file)) from error
+    top = _Reader(file, "", content)
+    if top.text("format") != FORMAT:
+        raise top.wrong("format", f"{FORMAT!r}")
+    if top.integer("version") != VERSION:
+        raise top.wrong("version", f"{VERSION}; a newer dopt reads newer files")
+    layers = tuple(_read_layer(entry) for entry in top.children("layers"))
+    return QuantParams(top.text("model"), layers)
+
+
+def _read_layer(entry: _Reader) -> LayerParams:
+    bias = entry.child("bias") if entry.get("bias") is not None else None
+    others = entry.get("other_calls") or []
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in others):
+        raise entry.wrong("other_calls", "a list of [node, input edge]")
+    return LayerParams(
+        name=entry.text("name"),
+        node=entry.text("node"),
+        op_type=entry.text("op_type"),
+        strategy=entry.text("strategy"),
+        input=_read_tensor(entry.child("input")),
+        weight=_read_tensor(entry.child("weight")),
+        bias=None if bias is None else BiasParams(bias.text("tensor"), bias.text("dtype"), bias.scales("scale")),
+        other_calls=tuple((node, edge) for node, edge in others),
+    )
+
+
+def _read_tensor(entry: _Reader) -> TensorParams:
+    scale, zero_point = entry.scales("scale"), entry.integers("zero_point")
+    if len(scale) != len(zero_point):
+        raise entry.wrong("zero_point", f"{len(scale)} integers, as many as there are scales")
+    axis = None if entry.get("axis") is None else entry.integer("axis")
+    return TensorParams(entry.text("tensor"), entry.text("dtype"), entry.integer("bits"), scale, zero_point, axis)
+
+
+class _Reader:
+    """An object of the file together with its place, for messages."""
+
+    def __init__(self, file: Path, place: str, content: object) -> None:
+        self.file, self.place = file, place
+        if not isinstance(content, Mapping):
+            raise ParamsError(f"{place or 'The file'} is not an object", where=str(file), expected="a JSON object")
+        self.content: Mapping[str, Any] = content
+
+    def wrong(self, key: str, expected: str) -> ParamsError:
+        place = f"{self.place}.{key}".lstrip(".")
+        found = repr(self.content[key])[:60] if key in self.content else "missing"
+        return ParamsError(
+            f"{place} is {found}", where=f"{self.file}, {place}", expected=expected, fix="Export the model again."
+        )
+
+    def get(self, key: str) -> Any:
+        return self.content.get(key)
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a string")
+        return value
+
+    def integer(self, key: str) -> int:
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.wrong(key, "a whole number")
+        return value
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        values = self.get(key)
+        if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            raise self.wrong(key, "a list of whole numbers")
+        return tuple(values)
+
+    def scales(self, key: str) -> tuple[float, ...]:
+        values = self.get(key)
+        numbers = isinstance(values, list) and values and all(type(v) in (int, float) for v in values)
+        if not numbers or not all(0.0 < v < float("inf") for v in values):
+            raise self.wrong(key, "a list of positive numbers")
+        return _floats(values)
+
+    def child(self, key: str) -> _Reader:
+        return _Reader(self.file, f"{self.place}.{key}".lstrip("."), self.get(key))
+
+    def children(self, key: str) -> list[_Reader]:
+        values = self.get(key)
+        if not isinstance(values, list):
+            raise self.wrong(key, "a list")
+        return [_Reader(self.file, f"{self.place}.{key}[{i}]".lstrip("."), v) for i, v in enumerate(values)]
+
+
+def _floats(values: ArrayLike) -> tuple[float, ...]:
+    return tuple(_shortest(value) for value in np.asarray(values, np.float32).ravel())
+
+
+def _shortest(value: np.float32) -> float:
+    """Return the float64 of fewest digits that rounds to the float32 ``value``."""
+    short = float(str(value))
+    return short if np.float32(short) == value else float(value)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

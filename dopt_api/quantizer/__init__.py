@@ -1,0 +1,39 @@
+"""The numbers: what a quantizer computes, in NumPy. Normative for every backend.
+
+``grid`` says which integers there are, ``affine`` maps reals to them, ``statistics`` and ``ranges`` choose the scale
+from data, ``training`` gives the gradients, ``folding`` the batch normalization.
+"""
+
+from dopt_api.quantizer.affine import (
+    SMALLEST_SCALE,
+    channel_maximum,
+    dequantize,
+    fake_quantize,
+    quantize,
+    scale_zero_point,
+)
+from dopt_api.quantizer.folding import BatchNorm, fold_batch_norm
+from dopt_api.quantizer.grid import Grid
+from dopt_api.quantizer.ranges import DEFAULT_RANGE, RANGE_METHODS, activation_parameters
+from dopt_api.quantizer.statistics import Statistics, lattice
+from dopt_api.quantizer.training import fake_quantize_gradients, relative_squared_error, scale_gradient_factor
+
+__all__ = [
+    "DEFAULT_RANGE",
+    "RANGE_METHODS",
+    "SMALLEST_SCALE",
+    "BatchNorm",
+    "Grid",
+    "Statistics",
+    "activation_parameters",
+    "channel_maximum",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_gradients",
+    "fold_batch_norm",
+    "lattice",
+    "quantize",
+    "relative_squared_error",
+    "scale_gradient_factor",
+    "scale_zero_point",
+]
