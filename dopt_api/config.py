@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,13 +120,19 @@ def read(path: StrPath) -> StrategyFile:
         content = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise _syntax_error(file, text, error) from None
-    except _RepeatedKeyError as error:
-        key = str(error)
+    except _RepeatedKeyError:
+        key, line = _repeated_key(text)
         raise ConfigError(
             f"The key {key!r} stands twice in the same object",
-            where=f"{file}, line {_last_line_of(text, key)}",
+            where=f"{file}, line {line}",
             fix="Remove one of the two.",
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise ConfigError(
+            f"The strategy file {str(file)!r} cannot be read as JSON: {error}",
+            where=str(file),
+            fix="Write a new file with generate_config_file and edit that.",
+        ) from error
     layers = content.get("layer_strategy") if isinstance(content, dict) else None
     if not isinstance(layers, dict):
         raise ConfigError(
@@ -137,7 +144,9 @@ def read(path: StrPath) -> StrategyFile:
     shape = content.get("input_shape")
     parsed = StrategyFile(file, text, shape, {k: v for k, v in layers.items() if k != COMMENT})
     if shape is not None and not isinstance(shape, str):
-        raise ConfigError(f"'input_shape' is {shape!r}", where=parsed.where("input_shape"), expected=_SHAPE_FORM)
+        raise ConfigError(
+            f"'input_shape' is {reprlib.repr(shape)}", where=parsed.where("input_shape"), expected=_SHAPE_FORM
+        )
     for name, entry in parsed.layers.items():
         _check_entry(parsed, name, entry)
     return parsed
@@ -207,13 +216,13 @@ def parse_input_shape(text: str, *, where: str = "input_shape") -> tuple[InputSp
         >>> parse_input_shape("x:1,3,8,8;ids:1,4:int64")[1]
         InputSpec(name='ids', shape=(1, 4), dtype='int64')
     """
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text.strip():  # type: ignore[redundant-expr]  # users pass tuples
         raise ConfigError(f"The input shape is {text!r}", where=where, expected=_SHAPE_FORM)
     inputs: list[InputSpec] = []
     for part in text.strip().rstrip(";").split(";"):
         fields = [item.strip() for item in part.split(":")]
         sizes = [size.strip() for size in fields[1].split(",")] if 2 <= len(fields) <= 3 else []
-        whole = sizes and all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes)
+        whole = sizes and all(re.fullmatch("[0-9]{1,18}", size) and int(size) for size in sizes)
         dtype = fields[2] if len(fields) == 3 else "float32"
         if not fields[0] or not whole or dtype not in DTYPES:
             raise ConfigError(
@@ -231,17 +240,23 @@ def parse_input_shape(text: str, *, where: str = "input_shape") -> tuple[InputSp
 def _check_entry(file: StrategyFile, name: str, entry: object) -> None:
     if not isinstance(entry, dict) or "quant_strategy" not in entry:
         raise ConfigError(
-            f"The entry of layer {name!r} is {json.dumps(entry, ensure_ascii=False)}",
+            f"The entry of layer {name!r} has no 'quant_strategy': {reprlib.repr(entry)}",
             where=file.where(name),
             expected='{"op_type": ..., "quant_strategy": "float" or a strategy}',
         )
-    for key in entry:
-        if key not in (*LAYER_KEYS, COMMENT):
+    for key, value in entry.items():
+        if key == COMMENT:
+            continue
+        if key not in LAYER_KEYS:
             raise ConfigError(
                 f"The entry of layer {name!r} has the unknown key {key!r}",
                 where=file.where(name),
-                expected=f"one of {', '.join(map(repr, LAYER_KEYS))}; comments stand under \"//\"",
+                expected=f"one of {', '.join(map(repr, LAYER_KEYS))}; comments stand under {COMMENT!r}",
                 fix=closest(key, LAYER_KEYS) or "Remove it.",
+            )
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"The {key!r} of layer {name!r} is {reprlib.repr(value)}", where=file.where(name), expected="a string"
             )
 
 
@@ -260,7 +275,7 @@ def _plan_layer(file: StrategyFile, name: str, layer: LayerInfo) -> LayerPlan | 
             f"Layer {name!r} asks for the range method {method!r}, which does not exist",
             where=where,
             expected=f"one of {', '.join(map(repr, RANGE_METHODS))}",
-            fix=closest(str(method), RANGE_METHODS),
+            fix=closest(method, RANGE_METHODS),
         )
     strategy = find_strategy(
         entry["quant_strategy"], layer=name, op_type=layer.op_type, supported=layer.strategies, where=where
@@ -281,9 +296,20 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _last_line_of(text: str, key: str) -> int:
-    at = max(text.rfind(json.dumps(key)), text.rfind(json.dumps(key, ensure_ascii=False)), 0)
-    return text.count("\n", 0, at) + 1
+def _repeated_key(text: str) -> tuple[str, int]:
+    """Return the first key that stands twice in an object, and the line where it is repeated."""
+    objects: list[set[str]] = []
+    for token in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]', text):
+        if token[0] == "{":
+            objects.append(set())
+        elif token[0] == "}":
+            objects.pop()
+        elif token[2]:
+            key = json.loads(token[1])
+            if key in objects[-1] and key != COMMENT:
+                return key, text.count("\n", 0, token.start()) + 1
+            objects[-1].add(key)
+    raise ValueError("no key is repeated")
 
 
 def _syntax_error(file: Path, text: str, error: json.JSONDecodeError) -> ConfigError:
@@ -304,6 +330,8 @@ def _syntax_error(file: Path, text: str, error: json.JSONDecodeError) -> ConfigE
         problem, fix = "a single-quoted string", "Use double quotes"
     elif "delimiter" in error.msg and here == '"':
         at, fix = len(before), "Add the missing comma at the end of this line"
+    elif not text[at:].strip():
+        at, problem, fix = len(text.rstrip()), "the file ends too early", "Add what is missing at the end"
     line = text.count("\n", 0, at) + 1
     start = text.rfind("\n", 0, at) + 1
     column = at - start + 1

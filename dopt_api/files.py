@@ -20,7 +20,8 @@ StrPath = str | os.PathLike[str]
 def staged(directory: StrPath) -> Iterator[Path]:
     """Yield a temporary folder whose files move into ``directory`` when the block succeeds.
 
-    Each file appears by one rename, in alphabetical order. If the block fails, nothing is left behind.
+    Each file appears by one rename, in alphabetical order. If the block fails, nothing is left behind; nor if a folder
+    stands where a file is to appear.
 
     Args:
         directory: An existing folder.
@@ -49,8 +50,11 @@ def staged(directory: StrPath) -> Iterator[Path]:
     try:
         aside = Path(tempfile.mkdtemp(prefix=".dopt-", dir=target))
         yield aside
-        for file in sorted(aside.iterdir()):
-            os.replace(file, target / file.name)
+        files = sorted(aside.iterdir())
+        for file in files:
+            _refuse_directory(target / file.name)
+        for file in files:
+            file.replace(target / file.name)
     except OSError as error:
         raise OutputError(
             f"Writing to {str(target)!r} failed: {error.strerror or error}",
@@ -70,16 +74,20 @@ def write_text(path: StrPath, text: str) -> Path:
         OutputError: The folder does not exist or cannot be written, the path is a folder, or the disk is full.
     """
     target = Path(path)
-    if target.is_dir():
-        raise OutputError(
-            f"{str(target)!r} is a directory",
-            where=str(target.absolute()),
-            expected="the path of a file",
-            fix=f"Add a file name, such as {str(target / 'config_gen.json')!r}.",
-        )
+    _refuse_directory(target)
     if target.is_symlink():  # write through the link: renaming onto it would replace the link itself
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # a link that leads to itself is replaced
             target = target.resolve()
     with staged(target.parent) as aside:
         (aside / target.name).write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def _refuse_directory(file: Path) -> None:
+    if file.is_dir():
+        raise OutputError(
+            f"{str(file)!r} is a directory",
+            where=str(file.absolute()),
+            expected="the path of a file",
+            fix=f"Remove it, or pass the path of a file, such as {str(file / 'config_gen.json')!r}.",
+        )

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Backend:
 
     def find_layers(self, model: Any, input_shape: str | None) -> ModelLayers:
         """Call :func:`dopt_api.hookspec.dopt_find_layers`."""
-        found = self._call("dopt_find_layers", ModelLayers, model=model, input_shape=input_shape)
+        found: ModelLayers = self._call("dopt_find_layers", ModelLayers, model=model, input_shape=input_shape)
         names = [layer.name for layer in found.layers]
         if len(set(names)) != len(names):
             raise self._broken("dopt_find_layers returned two layers of the same name")
@@ -104,7 +104,7 @@ class Backend:
         dynamic_batch: bool,
     ) -> ExportResult:
         """Call :func:`dopt_api.hookspec.dopt_export`."""
-        result = self._call(
+        result: ExportResult = self._call(
             "dopt_export",
             ExportResult,
             model=model,
@@ -115,12 +115,19 @@ class Backend:
             dynamic_batch=dynamic_batch,
         )
         for file in (result.model, result.params):
-            if not file.is_file():
+            if not Path(file).is_file():
                 raise self._broken(f"dopt_export returned {str(file)!r}, which is not there")
         return result
 
     def _describe(self) -> BackendInfo:
-        info = self._call("dopt_describe_backend", BackendInfo)
+        try:
+            info: BackendInfo = self._call("dopt_describe_backend", BackendInfo)
+        except DoptError:
+            raise
+        except Exception as error:  # as at import: reported, so that one backend cannot break the list of all
+            raise self._broken(f"dopt_describe_backend raised {type(error).__name__}: {error}") from error
+        if not isinstance(info.model_types, tuple):
+            raise self._broken(f"model_types is {info.model_types!r}, not a tuple of names")
         if info.name != self.name:
             raise self._broken(f"it calls itself {info.name!r}, but its entry point is called {self.name!r}")
         if info.hook_api_version.split(".")[0] != HOOK_API_VERSION.split(".")[0]:
@@ -163,7 +170,7 @@ def load(name: str) -> Backend:
             f"The backend {name!r} comes from two distributions",
             where=" and ".join(origins),
             expected="one distribution for each backend name",
-            fix=f"pip uninstall one of them, for example: pip uninstall {origins[-1].split()[0]}",
+            fix=f"pip uninstall one of them, for example: pip uninstall {origins[-1].split(maxsplit=1)[0]}",
         )
     return _loaded(points[0], origins[0])
 
@@ -226,7 +233,7 @@ def _candidates(model: object) -> list[str]:
     return sorted(_entry_points(), key=lambda name: name not in roots)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loaded(point: metadata.EntryPoint, origin: str) -> Backend:
     with _import_errors(point, origin):
         plugin = point.load()
@@ -241,7 +248,7 @@ def _import_errors(point: metadata.EntryPoint, origin: str) -> Iterator[None]:
         raise BackendError(
             f"The backend {point.name!r} does not import: {type(error).__name__}: {error}",
             where=f"{origin}, entry point {point.value!r}",
-            fix=f"Reinstall it: pip install --force-reinstall {origin.split()[0]}",
+            fix=f"Reinstall it: pip install --force-reinstall {origin.split(maxsplit=1)[0]}",
         ) from error
 
 

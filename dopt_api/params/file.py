@@ -7,10 +7,12 @@ digits that read back to the same float32.
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,6 +36,9 @@ __all__ = [
 
 FORMAT = "dopt.quant_params"
 VERSION = 1
+
+TOO_SMALL, TOO_LARGE = 2.0**-150, 2.0**128 - 2.0**103
+"""The numbers between these two, exclusive, round to a positive finite float32."""
 
 
 @dataclass(frozen=True)
@@ -182,22 +187,23 @@ def read_params(path: StrPath) -> QuantParams:
             where=str(file.absolute()),
             fix="Check the path; an export writes quant_params.json beside the model.",
         ) from error
-    except ValueError as error:
-        raise ParamsError(f"The parameter file {str(file)!r} is not JSON: {error}", where=str(file)) from error
+    except (ValueError, RecursionError) as error:
+        raise ParamsError(
+            f"The parameter file {str(file)!r} is not JSON: {error}", where=str(file), fix="Export the model again."
+        ) from error
     top = _Reader(file, "", content)
     if top.text("format") != FORMAT:
-        raise top.wrong("format", f"{FORMAT!r}")
+        top.refuse("format", f"{FORMAT!r}")
     if top.integer("version") != VERSION:
-        raise top.wrong("version", f"{VERSION}; a newer dopt reads newer files")
+        top.refuse("version", f"{VERSION}; a newer dopt reads newer files")
+    producer = top.child("producer")
+    producer.text("name"), producer.text("version")
     layers = tuple(_read_layer(entry) for entry in top.children("layers"))
     return QuantParams(top.text("model"), layers)
 
 
 def _read_layer(entry: _Reader) -> LayerParams:
-    bias = entry.child("bias") if entry.get("bias") is not None else None
-    others = entry.get("other_calls") or []
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in others):
-        raise entry.wrong("other_calls", "a list of [node, input edge]")
+    entry.only(LayerParams)
     return LayerParams(
         name=entry.text("name"),
         node=entry.text("node"),
@@ -205,62 +211,98 @@ def _read_layer(entry: _Reader) -> LayerParams:
         strategy=entry.text("strategy"),
         input=_read_tensor(entry.child("input")),
         weight=_read_tensor(entry.child("weight")),
-        bias=None if bias is None else BiasParams(bias.text("tensor"), bias.text("dtype"), bias.scales("scale")),
-        other_calls=tuple((node, edge) for node, edge in others),
+        bias=None if entry.is_null("bias") else _read_bias(entry.child("bias")),
+        other_calls=entry.pairs("other_calls") if "other_calls" in entry.content else (),
     )
 
 
 def _read_tensor(entry: _Reader) -> TensorParams:
+    entry.only(TensorParams)
     scale, zero_point = entry.scales("scale"), entry.integers("zero_point")
     if len(scale) != len(zero_point):
-        raise entry.wrong("zero_point", f"{len(scale)} integers, as many as there are scales")
-    axis = None if entry.get("axis") is None else entry.integer("axis")
+        entry.refuse("zero_point", f"{len(scale)} integers, as many as there are scales")
+    if not re.fullmatch("u?int[0-9]+", entry.text("dtype")):
+        entry.refuse("dtype", "the name of an integer type, such as 'uint8'")
+    if not 2 <= entry.integer("bits") <= 16:
+        entry.refuse("bits", "2 to 16")
+    axis = None if entry.is_null("axis") else entry.integer("axis")
     return TensorParams(entry.text("tensor"), entry.text("dtype"), entry.integer("bits"), scale, zero_point, axis)
 
 
+def _read_bias(entry: _Reader) -> BiasParams:
+    entry.only(BiasParams)
+    if entry.text("dtype") != "int32":
+        entry.refuse("dtype", "'int32'")
+    return BiasParams(entry.text("tensor"), entry.text("dtype"), entry.scales("scale"))
+
+
 class _Reader:
-    """An object of the file together with its place, for messages."""
+    """An object of the file together with its place, for messages.
+
+    It refuses what the JSON Schema refuses, and lists of unequal lengths, which a schema cannot express.
+    """
 
     def __init__(self, file: Path, place: str, content: object) -> None:
         self.file, self.place = file, place
         if not isinstance(content, Mapping):
-            raise ParamsError(f"{place or 'The file'} is not an object", where=str(file), expected="a JSON object")
+            raise ParamsError(
+                f"{place or 'The file'} is not an object",
+                where=f"{file}, {place}" if place else str(file),
+                expected="a JSON object",
+                fix="Export the model again.",
+            )
         self.content: Mapping[str, Any] = content
 
-    def wrong(self, key: str, expected: str) -> ParamsError:
+    def refuse(self, key: str, expected: str) -> NoReturn:
         place = f"{self.place}.{key}".lstrip(".")
-        found = repr(self.content[key])[:60] if key in self.content else "missing"
-        return ParamsError(
+        found = reprlib.repr(self.content[key]) if key in self.content else "missing"
+        raise ParamsError(
             f"{place} is {found}", where=f"{self.file}, {place}", expected=expected, fix="Export the model again."
         )
+
+    def only(self, kind: type) -> None:
+        """Refuse keys that are no fields of the dataclass ``kind``."""
+        known = [field.name for field in fields(kind)]
+        for key in self.content:
+            if key not in known:
+                self.refuse(key, f"no other keys than {', '.join(known)}")
 
     def get(self, key: str) -> Any:
         return self.content.get(key)
 
+    def is_null(self, key: str) -> bool:
+        return key in self.content and self.content[key] is None
+
     def text(self, key: str) -> str:
         value = self.get(key)
         if not isinstance(value, str):
-            raise self.wrong(key, "a string")
+            self.refuse(key, "a string")
         return value
 
     def integer(self, key: str) -> int:
-        value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.wrong(key, "a whole number")
-        return value
+        if not _is_whole(self.get(key)):
+            self.refuse(key, "a whole number")
+        return int(self.get(key))
 
     def integers(self, key: str) -> tuple[int, ...]:
         values = self.get(key)
-        if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            raise self.wrong(key, "a list of whole numbers")
-        return tuple(values)
+        if not isinstance(values, list) or not all(map(_is_whole, values)):
+            self.refuse(key, "a list of whole numbers")
+        return tuple(map(int, values))
 
     def scales(self, key: str) -> tuple[float, ...]:
         values = self.get(key)
-        numbers = isinstance(values, list) and values and all(type(v) in (int, float) for v in values)
-        if not numbers or not all(0.0 < v < float("inf") for v in values):
-            raise self.wrong(key, "a list of positive numbers")
+        if not isinstance(values, list) or not values or not all(map(_is_scale, values)):
+            self.refuse(key, "a list of positive numbers within float32")
         return _floats(values)
+
+    def pairs(self, key: str) -> tuple[tuple[str, str], ...]:
+        values = self.get(key)
+        if not isinstance(values, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in values
+        ):
+            self.refuse(key, "a list of [node, input edge]")
+        return tuple((node, edge) for node, edge in values)
 
     def child(self, key: str) -> _Reader:
         return _Reader(self.file, f"{self.place}.{key}".lstrip("."), self.get(key))
@@ -268,8 +310,17 @@ class _Reader:
     def children(self, key: str) -> list[_Reader]:
         values = self.get(key)
         if not isinstance(values, list):
-            raise self.wrong(key, "a list")
+            self.refuse(key, "a list")
         return [_Reader(self.file, f"{self.place}.{key}[{i}]".lstrip("."), v) for i, v in enumerate(values)]
+
+
+def _is_whole(value: object) -> bool:
+    """Return whether JSON Schema calls the value an integer: 8 and 8.0 are, true is not."""
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def _is_scale(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**128 and TOO_SMALL < float(value) < TOO_LARGE  # type: ignore[operator,arg-type]  # it is a number
 
 
 def _floats(values: ArrayLike) -> tuple[float, ...]:

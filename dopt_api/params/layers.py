@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dopt_api.errors import NumbersError
-from dopt_api.quantizer.affine import channel_maximum, dequantize, quantize, scale_zero_point
+from dopt_api.quantizer.affine import (
+    SMALLEST_SCALE,
+    as_float32,
+    channel_maximum,
+    dequantize,
+    quantize,
+    scale_zero_point,
+)
 from dopt_api.quantizer.folding import BatchNorm, fold_batch_norm
 from dopt_api.types import LayerPlan
 
@@ -16,7 +24,8 @@ __all__ = ["FloatLayer", "QuantizedLayer", "fold", "quantize_layer"]
 
 Float32 = NDArray[np.float32]
 
-BIAS_LIMIT = float(2**31 - 1)
+BIAS_LIMIT = float(2**31 - 2**9)
+"""The greatest integer of a bias: below ``2**31 - 1`` by what float32 rounding of scales and quotient can add."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +39,8 @@ class FloatLayer:
         axis: The axis of ``weight`` with the output channels.
     """
 
-    weight: NDArray[np.floating]
-    bias: NDArray[np.floating] | None
+    weight: NDArray[np.floating[Any]]
+    bias: NDArray[np.floating[Any]] | None
     norm: BatchNorm | None
     axis: int
 
@@ -67,7 +76,7 @@ def fold(layer: FloatLayer) -> tuple[Float32, Float32 | None]:
     """Return the layer's weight and bias as float32, with its batch normalization folded in."""
     if layer.norm is not None:
         return fold_batch_norm(layer.weight, layer.bias, layer.norm, axis=layer.axis)
-    return layer.weight.astype(np.float32), None if layer.bias is None else layer.bias.astype(np.float32)
+    return as_float32(layer.weight), None if layer.bias is None else as_float32(layer.bias)
 
 
 def quantize_layer(
@@ -75,12 +84,13 @@ def quantize_layer(
     plan: LayerPlan,
     input_scale: np.float32,
     input_zero_point: int,
-    weight_scale: NDArray[np.floating] | None = None,
+    weight_scale: NDArray[np.floating[Any]] | None = None,
 ) -> QuantizedLayer:
     """Fold and quantize one layer.
 
-    Where a weight channel is so small that its bias would not fit int32 at the scale ``input * weight``, the weight's
-    scale is raised until it does; the weights of such a channel are far below one step of its bias anyway.
+    Where a weight channel is so small that its bias would not fit int32 at the scale ``input * weight``, or that this
+    scale would not be a normal float32, the weight's scale is raised until it does; the weights of such a channel are
+    far below one step of its bias anyway.
 
     Args:
         layer: The float layer.
@@ -90,7 +100,8 @@ def quantize_layer(
         weight_scale: Learned scales ``[C]``; without them they are taken from the folded weight's extremes.
 
     Raises:
-        NumbersError: The weight, bias or a scale has NaN or infinity; the message names the layer.
+        NumbersError: The weight or bias has NaN, infinity or values too large for a scale, or a scale is not positive
+            and finite; the message names the layer.
     """
     weight, bias = fold(layer)
     for kind, values in (("weight", weight), ("bias", bias)):
@@ -103,14 +114,25 @@ def quantize_layer(
             )
     grid = plan.strategy.weight
     axis = layer.axis if grid.per_channel else None
+    _check_scale("input", input_scale, plan)
     if weight_scale is None:
         extreme = channel_maximum(weight, axis)
-        weight_scale, _ = scale_zero_point(-extreme, extreme, grid)
-    scale = np.asarray(weight_scale, np.float32)
+        try:
+            weight_scale, _ = scale_zero_point(-extreme, extreme, grid)
+        except NumbersError as error:
+            raise NumbersError(
+                f"The weight of layer {plan.name!r} cannot be quantized: {error.what}",
+                where=f"layer {plan.name!r}",
+                expected=error.expected,
+                fix=error.fix,
+            ) from error
+    scale, bias_scale = as_float32(weight_scale), None
+    _check_scale("weight", scale, plan)
     if bias is not None:
-        needed = np.abs(bias).astype(np.float64).reshape(-1, scale.size).max(axis=0)
-        least = (needed / (float(input_scale) * BIAS_LIMIT)).reshape(scale.shape)
-        scale = np.where(least > scale, np.nextafter(least.astype(np.float32), np.float32(np.inf)), scale)
+        scale = _raised(scale, bias, float(input_scale))
+        with np.errstate(over="ignore"):
+            bias_scale = np.tile(np.float32(input_scale) * scale, bias.size // scale.size)
+        _check_scale("bias", bias_scale, plan)
     integers = quantize(weight, scale, 0, grid, axis=axis)
     return QuantizedLayer(
         plan=plan,
@@ -120,6 +142,25 @@ def quantize_layer(
         input_scale=np.float32(input_scale),
         input_zero_point=int(input_zero_point),
         weight_scale=scale,
-        bias_scale=None if bias is None else np.tile(np.float32(input_scale) * scale, bias.size // scale.size),
+        bias_scale=bias_scale,
         axis=layer.axis,
     )
+
+
+def _raised(scale: Float32, bias: Float32, input_scale: float) -> Float32:
+    """Return weight scales at which the bias fits int32 at a normal float32 scale."""
+    needed = np.abs(bias).astype(np.float64).reshape(-1, scale.size).max(axis=0)
+    least = np.maximum(needed / (input_scale * BIAS_LIMIT), SMALLEST_SCALE / input_scale).reshape(scale.shape)
+    return np.where(least > scale, np.nextafter(as_float32(least), np.float32(np.inf)), scale)
+
+
+def _check_scale(kind: str, scale: ArrayLike, plan: LayerPlan) -> None:
+    values = as_float32(scale)
+    if not (np.isfinite(values).all() and (values > 0.0).all()):
+        wrong = values[~(np.isfinite(values) & (values > 0.0))].flat[0]
+        raise NumbersError(
+            f"The {kind} scale {wrong:g} of layer {plan.name!r} cannot be used",
+            where=f"layer {plan.name!r}",
+            expected="positive finite numbers",
+            fix="Check the checkpoint: the training has diverged, or a value overflows.",
+        )

@@ -8,19 +8,35 @@ The division, the rounding (half to even) and the product are float32. This is O
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dopt_api.errors import NumbersError
 from dopt_api.quantizer.grid import Grid
 
-__all__ = ["SMALLEST_SCALE", "broadcast", "channel_maximum", "dequantize", "fake_quantize", "quantize", "scale_zero_point"]
+__all__ = [
+    "LARGEST_END",
+    "SMALLEST_SCALE",
+    "as_float32",
+    "broadcast",
+    "channel_maximum",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+    "scale_zero_point",
+]
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+_Kind = TypeVar("_Kind", bound=np.generic)
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """The smallest scale that is ever chosen: the smallest normal float32, about 1.18e-38."""
+
+LARGEST_END = float(np.finfo(np.float32).max) / 2
+"""The greatest magnitude of an end of a range: half the largest float32, so that every value of the grid is finite."""
 
 
 def scale_zero_point(minimum: ArrayLike, maximum: ArrayLike, grid: Grid) -> tuple[Float32, Int32]:
@@ -40,7 +56,7 @@ def scale_zero_point(minimum: ArrayLike, maximum: ArrayLike, grid: Grid) -> tupl
         Scale, float32, and zero point, int32, both of the shape of the range.
 
     Raises:
-        NumbersError: An end is NaN or infinite, or a minimum is above its maximum.
+        NumbersError: An end is NaN, infinite or beyond :data:`LARGEST_END`, or a minimum is above its maximum.
 
     Example:
         >>> scale, zero_point = scale_zero_point(-1.0, 3.0, Grid(8))
@@ -53,6 +69,12 @@ def scale_zero_point(minimum: ArrayLike, maximum: ArrayLike, grid: Grid) -> tupl
             f"The range [{_brief(low)}, {_brief(high)}] is not finite",
             expected="finite numbers",
             fix="Look for NaN and infinity in the data or the weights.",
+        )
+    if max(np.abs(low).max(initial=0.0), np.abs(high).max(initial=0.0)) > LARGEST_END:
+        raise NumbersError(
+            f"The range [{_brief(low)}, {_brief(high)}] is too wide for float32",
+            expected=f"magnitudes of at most {LARGEST_END:.3g}",
+            fix="Look for a value that overflows in the data or the weights.",
         )
     if (low > high).any():
         raise NumbersError(f"The range [{_brief(low)}, {_brief(high)}] is empty", expected="minimum <= maximum")
@@ -69,9 +91,7 @@ def scale_zero_point(minimum: ArrayLike, maximum: ArrayLike, grid: Grid) -> tupl
     return scale, zero_point.astype(np.int32)
 
 
-def quantize(
-    x: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, grid: Grid, *, axis: int | None = None
-) -> Int32:
+def quantize(x: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, grid: Grid, *, axis: int | None = None) -> Int32:
     """Return the integers of ``x``: ``clip(rint(x / scale) + zero_point, qmin, qmax)`` in float32.
 
     Args:
@@ -91,13 +111,14 @@ def quantize(
         >>> quantize([-1.0, 0.5, 1.5, 9.0], 1.0, 0, Grid(2, signed=True)).tolist()
         [-1, 0, 1, 1]
     """
-    data = np.asarray(x, np.float32)
+    data = as_float32(x)
     if np.isnan(data).any():
         raise NumbersError("The data to quantize has NaN", expected="numbers or infinities")
     with np.errstate(over="ignore"):  # a quotient beyond float32 saturates, which is right
         rounded = np.rint(data / _scales(scale, data.ndim, axis))
     shift = broadcast(np.asarray(zero_point, np.float32), data.ndim, axis)
-    return np.clip(rounded + shift, np.float32(grid.qmin), np.float32(grid.qmax)).astype(np.int32)
+    clipped: Float32 = np.clip(rounded + shift, np.float32(grid.qmin), np.float32(grid.qmax))
+    return clipped.astype(np.int32)
 
 
 def dequantize(q: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, *, axis: int | None = None) -> Float32:
@@ -110,7 +131,7 @@ def dequantize(q: ArrayLike, scale: ArrayLike, zero_point: ArrayLike, *, axis: i
     integers = np.asarray(q, np.int32)
     centred = integers - broadcast(np.asarray(zero_point, np.int32), integers.ndim, axis)
     with np.errstate(over="ignore", under="ignore"):
-        return centred.astype(np.float32) * _scales(scale, integers.ndim, axis)
+        return np.asarray(centred.astype(np.float32) * _scales(scale, integers.ndim, axis))
 
 
 def fake_quantize(
@@ -132,7 +153,13 @@ def channel_maximum(weight: ArrayLike, axis: int | None) -> Float32:
     return np.asarray(data.max(axis=others, initial=0.0), np.float32)
 
 
-def broadcast(values: NDArray[np.generic], ndim: int, axis: int | None) -> NDArray[np.generic]:
+def as_float32(values: ArrayLike) -> Float32:
+    """Return ``values`` as float32; what lies beyond float32 becomes infinite, without a warning."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float32)
+
+
+def broadcast(values: NDArray[_Kind], ndim: int, axis: int | None) -> NDArray[_Kind]:
     """Reshape per-channel values ``[C]`` to stand on ``axis`` of an array of ``ndim`` dimensions."""
     if axis is None:
         return values
@@ -142,10 +169,10 @@ def broadcast(values: NDArray[np.generic], ndim: int, axis: int | None) -> NDArr
 
 
 def _scales(scale: ArrayLike, ndim: int, axis: int | None) -> Float32:
-    scales = np.asarray(scale, np.float32)
+    scales = as_float32(scale)
     if not (np.isfinite(scales).all() and (scales > 0.0).all()):
         raise NumbersError(f"The scale {_brief(scales)} cannot be used", expected="positive finite numbers")
-    return broadcast(scales, ndim, axis)  # type: ignore[return-value]  # reshape keeps the dtype
+    return broadcast(scales, ndim, axis)
 
 
 def _brief(values: NDArray[np.generic]) -> str:

@@ -8,11 +8,12 @@ https://arxiv.org/abs/1712.05877, section 3.2).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dopt_api.quantizer.affine import broadcast
+from dopt_api.quantizer.affine import as_float32, broadcast
 
 __all__ = ["BatchNorm", "fold_batch_norm"]
 
@@ -23,6 +24,9 @@ Float32 = NDArray[np.float32]
 class BatchNorm:
     """A batch normalization in inference, each array float of shape ``[C]``.
 
+    A negative variance, or a zero one without epsilon, gives NaN or infinity, which
+    :func:`~dopt_api.params.quantize_layer` refuses.
+
     Attributes:
         gamma: Scale, or ``None`` for 1.
         beta: Shift, or ``None`` for 0.
@@ -31,22 +35,23 @@ class BatchNorm:
         epsilon: What is added to the variance.
     """
 
-    gamma: NDArray[np.floating] | None
-    beta: NDArray[np.floating] | None
-    mean: NDArray[np.floating]
-    variance: NDArray[np.floating]
+    gamma: NDArray[np.floating[Any]] | None
+    beta: NDArray[np.floating[Any]] | None
+    mean: NDArray[np.floating[Any]]
+    variance: NDArray[np.floating[Any]]
     epsilon: float
 
     @property
     def factor(self) -> Float32:
         """The factor ``gamma / sqrt(variance + epsilon)``, float64 rounded once to float32, ``[C]``."""
         gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
-        factor = gamma / np.sqrt(self.variance.astype(np.float64) + self.epsilon)
-        return np.asarray(factor, np.float32)
+        with np.errstate(all="ignore"):
+            factor = gamma / np.sqrt(self.variance.astype(np.float64) + self.epsilon)
+            return np.asarray(factor, np.float32)
 
 
 def fold_batch_norm(
-    weight: NDArray[np.floating], bias: NDArray[np.floating] | None, norm: BatchNorm, *, axis: int
+    weight: NDArray[np.floating[Any]], bias: NDArray[np.floating[Any]] | None, norm: BatchNorm, *, axis: int
 ) -> tuple[Float32, Float32]:
     """Return weight and bias of the layer that computes layer and normalization at once.
 
@@ -67,13 +72,14 @@ def fold_batch_norm(
         ([[5.0, 6.0]], [-2.0])
     """
     factor = norm.factor
-    folded = weight.astype(np.float32) * _on_weight(factor, weight.shape, axis)
-    shift = (0.0 if bias is None else bias.astype(np.float64)) - norm.mean.astype(np.float64)
-    beta = 0.0 if norm.beta is None else norm.beta.astype(np.float64)
-    return np.asarray(folded, np.float32), np.asarray(beta + shift * factor.astype(np.float64), np.float32)
+    with np.errstate(all="ignore"):
+        folded = as_float32(weight) * _on_weight(factor, weight.shape, axis)
+        shift = (0.0 if bias is None else bias.astype(np.float64)) - norm.mean.astype(np.float64)
+        beta = 0.0 if norm.beta is None else norm.beta.astype(np.float64)
+        return np.asarray(folded, np.float32), np.asarray(beta + shift * factor.astype(np.float64), np.float32)
 
 
-def _on_weight(factor: Float32, shape: tuple[int, ...], axis: int) -> NDArray[np.generic]:
+def _on_weight(factor: Float32, shape: tuple[int, ...], axis: int) -> Float32:
     groups = factor.size // shape[axis]
     if groups <= 1:
         return broadcast(factor, len(shape), axis)

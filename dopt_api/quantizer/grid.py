@@ -42,12 +42,12 @@ class Grid:
     @property
     def qmin(self) -> int:
         """The lowest integer of the grid."""
-        return -(2 ** (self.bits - 1)) + int(self.narrow) if self.signed else 0
+        return int(self.narrow) - (1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """The highest integer of the grid."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def dtype(self) -> str:

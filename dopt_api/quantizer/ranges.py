@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from dopt_api.errors import CalibrationError, NumbersError
 from dopt_api.quantizer.affine import scale_zero_point
 from dopt_api.quantizer.grid import Grid
 from dopt_api.quantizer.statistics import Statistics
@@ -40,14 +41,15 @@ def moving_average(statistics: Statistics, grid: Grid) -> tuple[float, float]:
 def mse(statistics: Statistics, grid: Grid) -> tuple[float, float]:
     """Return the range whose quantization error, mean square over the histogram, is least.
 
-    The ends are shrunk from the extremes towards zero, first together, then the upper and the lower alone, in steps
-    of 1/128 of the extremes. Candidates are compared with zero kept exact, as the quantizer keeps it.
+    The range contains zero, as every range of the quantizer does. Its ends are shrunk from the extremes towards
+    zero, first together, then the upper and the lower alone, in steps of 1/128 of the extremes. Candidates are
+    compared with zero kept exact, as the quantizer keeps it.
     """
     width = statistics.bin_edges()
     centres, counts = (width[1:] + width[:-1]) / 2, statistics.counts.astype(np.float64)
     seen = counts > 0
     centres, counts = centres[seen], counts[seen]
-    low, high = float(statistics.minimum), float(statistics.maximum)
+    low, high = min(float(statistics.minimum), 0.0), max(float(statistics.maximum), 0.0)
     shrink = np.arange(128, 15, -1) / 128
 
     def best(lows: NDArray[np.float64], highs: NDArray[np.float64]) -> int:
@@ -96,8 +98,17 @@ def activation_parameters(
         method: One of :data:`RANGE_METHODS`.
 
     Raises:
-        CalibrationError: There are no data, or some had NaN or infinity; the message names the layer.
+        CalibrationError: There are no data, or some had NaN, infinity or values too large for a scale; the message
+            names the layer.
     """
     statistics.check(layer)
-    scale, zero_point = scale_zero_point(*RANGE_METHODS[method](statistics, grid), grid)
+    try:
+        scale, zero_point = scale_zero_point(*RANGE_METHODS[method](statistics, grid), grid)
+    except NumbersError as error:
+        raise CalibrationError(
+            f"The input of layer {layer!r} cannot be quantized: {error.what}",
+            where=f"layer {layer!r}",
+            expected=error.expected,
+            fix=error.fix,
+        ) from error
     return np.float32(scale), int(zero_point)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dopt_api.errors import CalibrationError
+from dopt_api.quantizer.affine import as_float32
 
 __all__ = ["BINS", "HALF_BINS", "LIMB_UNITS", "LOWEST_EXPONENT", "PROBED", "Statistics", "lattice"]
 
@@ -30,13 +31,13 @@ HALF_BINS = 2048
 BINS = 2 * HALF_BINS - 1
 
 LOWEST_EXPONENT = -100
-"""Data below ``2**LOWEST_EXPONENT`` in magnitude count as zero for the histogram."""
+"""No histogram is finer than that of data within ``2**LOWEST_EXPONENT``: bins are at least ``2**-111`` wide."""
 
 PROBED = 4096
 """How many elements of each sample the histogram looks at, at most (never less than one per channel)."""
 
 LIMB_BITS = 32
-LIMB_UNITS: NDArray[np.float64] = 2.0 ** (-149 + LIMB_BITS * np.arange(9))
+LIMB_UNITS: NDArray[np.float64] = np.exp2(-149.0 + LIMB_BITS * np.arange(9, dtype=np.float64))
 """Units of the limbs that hold exact sums of float32 numbers, from the smallest subnormal upwards."""
 
 
@@ -113,7 +114,7 @@ class Statistics:
 
     def update(self, batch: ArrayLike, channel_axis: int = 1) -> None:
         """Take in a batch ``[N, ...]``, samples first; an empty batch changes nothing."""
-        data = np.asarray(batch, np.float32)
+        data = as_float32(batch)
         if data.size == 0:
             return
         inner = tuple(range(1, data.ndim))
@@ -136,11 +137,12 @@ class Statistics:
     def merge(self, other: Statistics) -> Statistics:
         """Return the statistics of both; associative and commutative to the bit."""
         exponent = np.maximum(self.exponent, other.exponent)
+        zero = np.float32(0.0)  # added so that -0.0 becomes 0.0: which of the two is the lesser depends on the order
         return Statistics(
             samples=np.asarray(self.samples + other.samples),
             non_finite=np.asarray(self.non_finite + other.non_finite),
-            minimum=np.minimum(self.minimum, other.minimum),
-            maximum=np.maximum(self.maximum, other.maximum),
+            minimum=np.asarray(np.minimum(self.minimum, other.minimum) + zero),
+            maximum=np.asarray(np.maximum(self.maximum, other.maximum) + zero),
             sums=self.sums + other.sums,
             exponent=np.asarray(exponent),
             counts=self._counts_at(int(exponent)) + other._counts_at(int(exponent)),
@@ -193,19 +195,20 @@ class Statistics:
         """Rebuild statistics from :meth:`arrays`; dtypes and shapes are checked.
 
         Raises:
-            CalibrationError: A part is missing, or has another shape than it should.
+            CalibrationError: A part is missing, or has another shape or kind of number than it should.
         """
         empty = cls()
         parts: dict[str, NDArray[np.generic]] = {}
         for name, model in empty.__dict__.items():
             found = arrays.get(name)
-            if found is None or np.shape(found) != model.shape:
+            stored = np.asarray(found)
+            if stored.shape != model.shape or not np.can_cast(stored.dtype, model.dtype, "same_kind"):
                 raise CalibrationError(
                     f"The stored statistics have {'no' if found is None else 'a wrong'} {name!r}",
                     expected=f"{model.dtype} of shape {list(model.shape)}",
                     fix="Calibrate again.",
                 )
-            parts[name] = np.array(found, model.dtype)
+            parts[name] = np.asarray(stored.astype(model.dtype) + model.dtype.type(0))  # -0.0 becomes 0.0, as in merge
         return cls(**parts)  # type: ignore[arg-type]  # the dtypes were taken from an instance
 
     def _counts_at(self, exponent: int) -> NDArray[np.int64]:

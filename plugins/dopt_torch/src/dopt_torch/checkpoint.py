@@ -1,0 +1,130 @@
+"""Reading checkpoints without running anything in them."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from dopt_api.errors import CheckpointError
+from torch import Tensor, nn
+
+from dopt_torch.quantized_layer import quantized_layers
+
+__all__ = ["load_checkpoint", "load_into"]
+
+
+def load_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file that ``torch.save`` wrote.
+
+    Args:
+        path: The file. A common prefix ``module.`` (saved from a wrapped model) is removed.
+
+    Raises:
+        CheckpointError: The file is missing, is no checkpoint, holds anything but tensors, or asks to run code.
+    """
+    where = str(path.absolute())
+    if not path.is_file():
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} {'is a directory' if path.is_dir() else 'does not exist'}",
+            where=where,
+            expected="a file written by torch.save(quant_model.state_dict(), path)",
+            fix="Check the path.",
+        )
+    try:
+        content = _load(path)
+    except Exception as error:  # torch.load raises many kinds, all of which mean that the file is no good
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} cannot be read: {type(error).__name__}: {first_line}",
+            where=where,
+            expected="a file written by torch.save(quant_model.state_dict(), path)",
+            fix="Save it again. Files that hold more than tensors are refused, since loading them could run code.",
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        inner = [key for key, value in content.items() if isinstance(value, Mapping)] if _is_mapping(content) else []
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} is not a state dict",
+            where=where,
+            expected="a mapping of names to tensors",
+            fix=f"Save only the entry {inner[0]!r} of it." if inner else "torch.save(quant_model.state_dict(), path)",
+        )
+    if content and all(key.startswith("module.") for key in content):
+        return {key[len("module.") :]: value for key, value in content.items()}
+    return dict(content)
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load the state of a quantized model, strictly.
+
+    Raises:
+        CheckpointError: It was saved from a float model, with another strategy file, or from another model.
+    """
+    where = str(path.absolute())
+    names = {id(module): name for name, module in model.named_modules()}
+    wanted = {f"{names[id(layer)]}.".lstrip(".") + "dopt_quantizer." for layer in quantized_layers(model)}
+    present = {key[: key.index("dopt_quantizer.") + 15] for key in state if "dopt_quantizer." in key}
+    if wanted and not present:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} is that of a float model",
+            where=where,
+            expected="the state dict of the quantized model, saved after calibration or retraining",
+            fix="torch.save(quant_model.state_dict(), path), with the model that optimize_model returned.",
+        )
+    if wanted - present or present - wanted:
+        layer = sorted((wanted - present) or (present - wanted))[0][: -len(".dopt_quantizer.")]
+        how = "does not hold" if wanted - present else "holds"
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} {how} the quantizer of {layer!r}, unlike the strategy file says",
+            where=where,
+            expected="a checkpoint made with the same strategy file",
+            fix="Use the strategy file that was given to optimize_model.",
+        )
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} does not fit the model: {' '.join(str(error).split())[:400]}",
+            where=where,
+            expected="a checkpoint of the same model",
+            fix="Build the model with the same arguments as for training.",
+        ) from error
+
+
+def _is_mapping(content: object) -> bool:
+    return isinstance(content, Mapping)
+
+
+def _load(path: Path) -> Any:
+    if "weights_only" in inspect.signature(torch.load).parameters:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", pickle_module=_restricted_pickle())  # before torch 1.13
+
+
+def _restricted_pickle() -> ModuleType:
+    """Return a stand-in for ``pickle`` that builds tensors and nothing else."""
+    allowed = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+        ("torch", "Size"): torch.Size,
+    }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in allowed:
+                return allowed[module, name]
+            if module == "torch" and name.endswith("Storage"):
+                return getattr(torch, name)
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
+
+    restricted = ModuleType("restricted_pickle")
+    restricted.__dict__.update(
+        Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load(), __name__="pickle"
+    )
+    return restricted

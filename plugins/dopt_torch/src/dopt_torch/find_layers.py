@@ -1,0 +1,409 @@
+"""What is in a model: its layers in execution order, what cannot be quantized and why, and what can be folded.
+
+The model runs once on its deployed shapes, with inputs of a tensor subclass that sees every function call. Control
+flow on data is no obstacle, since nothing is traced into a graph: the calls that happen are recorded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from dopt_api import config
+from dopt_api.errors import ConfigError, ModelError
+from dopt_api.types import InputSpec, LayerInfo, ModelLayers
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dopt_torch.layer_kinds import LayerKind, kind_of, layer_name
+
+__all__ = ["Structure", "evaluating", "example_inputs", "find_layers", "refuse_wrapped"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What running the model once has shown. Modules are named by their paths.
+
+    Attributes:
+        paths: Module path of every layer that can be quantized, by layer name.
+        norms: Path of the batch normalization to fold into a layer, by the layer's module path.
+        outputs: How many tensors the model returns, or ``None`` if it could not be run.
+    """
+
+    paths: dict[str, str]
+    norms: dict[str, str]
+    outputs: int | None
+
+
+def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
+    """Run the model once on noise of its deployed shapes and list what is in it.
+
+    Args:
+        model: The float model; its parameters, buffers and modes are unchanged afterwards.
+        input_shape: The contract's text, such as ``"x:1,3,224,224"``.
+
+    Raises:
+        ModelError: The model is wrapped, scripted, compiled or already quantized.
+        ConfigError: There is no ``input_shape``, or it cannot be understood.
+    """
+    refuse_wrapped(model)
+    if input_shape is None:
+        raise ConfigError(
+            "There is no input shape",
+            where="input_shape",
+            expected="the shapes of the model as deployed, such as 'x:1,3,224,224'",
+            fix="Pass input_shape to generate_config_file; it is kept in the strategy file.",
+        )
+    inputs = config.parse_input_shape(input_shape)
+    record = _Record(model)
+    try:
+        record.run(example_inputs(model, inputs))
+    except Exception as error:  # whatever a user's model raises: structure is then unknown, and the user is told
+        return _by_definition(model, input_shape, error)
+    return record.result()
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if the model is not a plain float ``nn.Module``.
+
+    Raises:
+        ModelError: It is wrapped by a distributed API, scripted, compiled, or already quantized.
+    """
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        where = f"module {path!r}" if path else "the model itself"
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+            raise ModelError(
+                f"The model is wrapped by {kind}",
+                where=where,
+                expected="the plain model",
+                fix="Pass 'model.module', and wrap the quantized model afterwards.",
+            )
+        if kind == "OptimizedModule":
+            raise ModelError(
+                "The model is compiled by torch.compile",
+                where=where,
+                expected="the plain model",
+                fix="Pass the model before torch.compile.",
+            )
+        if not path and isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                "The model is a TorchScript module, whose layers cannot be changed",
+                where=where,
+                expected="an nn.Module written in Python",
+                fix="Pass the module that was scripted or traced.",
+            )
+        if "dopt_quantizer" in module._modules or "dopt_plan" in module.__dict__:
+            raise ModelError(
+                "The model is already quantized",
+                where=where,
+                expected="a float model",
+                fix="Build the float model anew and pass that; its weights are loaded from the checkpoint.",
+            )
+
+
+def example_inputs(model: nn.Module, inputs: tuple[InputSpec, ...]) -> tuple[Tensor, ...]:
+    """Return one tensor an input, on the model's device: noise for floats, zeros for integers, true for masks.
+
+    ``float32`` stands for the model's own floating type. The global random state is not touched.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    noise = torch.Generator().manual_seed(0)
+    tensors = []
+    for spec in inputs:
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            values = torch.randn(spec.shape, generator=noise).to(first.dtype if dtype is torch.float32 else dtype)
+        else:
+            values = torch.full(spec.shape, dtype is torch.bool, dtype=dtype)
+        tensors.append(values.to(first.device))
+    return tuple(tensors)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode for the block, and back to its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+# How functions are called that multiply tensors, and why they stay float.
+_FUNCTIONAL = "it is called as a function, so its operands have no module to hold their quantizers"
+_RECURRENT = "recurrent layers are not quantized in this version"
+_ATTENTION = "fused attention computes its products inside one call"
+_PRODUCT = "a product of two activations is not quantized in this version"
+_REASONS = {
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"),
+        _FUNCTIONAL,
+    ),
+    **dict.fromkeys(("bilinear", "conv_tbc"), _FUNCTIONAL),
+    **dict.fromkeys(
+        ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _RECURRENT
+    ),
+    **dict.fromkeys(
+        (
+            "multi_head_attention_forward",
+            "scaled_dot_product_attention",
+            "_native_multi_head_attention",
+            "_transformer_encoder_layer_fwd",
+        ),
+        _ATTENTION,
+    ),
+    **dict.fromkeys(
+        ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "inner", "einsum", "tensordot"), _PRODUCT
+    ),
+    **dict.fromkeys(("addmm", "addbmm", "baddbmm", "addmv", "addmm_", "addbmm_", "baddbmm_", "addmv_"), _PRODUCT),
+    **dict.fromkeys(("chain_matmul", "multi_dot", "linalg_multi_dot", "matrix_power"), _PRODUCT),
+}
+
+# Calls that only ask about a tensor and so do not use its values.
+_ASKS = frozenset(
+    ["__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__"]
+    + ["ndimension", "nelement", "element_size", "get_device", "storage_offset", "type", "__repr__", "__hash__"]
+)
+
+
+@dataclass
+class _Call:
+    """One use of a layer: the tensors that its own function took and gave."""
+
+    given: Tensor
+    made: Any
+    module_input: Tensor | None
+
+
+@dataclass
+class _Record:
+    """The run of one model: module stack, calls, and who uses which tensor."""
+
+    model: nn.Module
+    stack: list[nn.Module] = field(default_factory=list)
+    stack_inputs: list[Tensor | None] = field(default_factory=list)
+    calls: dict[nn.Module, list[_Call]] = field(default_factory=dict)
+    norm_calls: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    refused: dict[nn.Module, str] = field(default_factory=dict)
+    used_elsewhere: dict[nn.Module, str] = field(default_factory=dict)
+    functions: list[LayerInfo] = field(default_factory=list)
+    uses: Counter[int] = field(default_factory=Counter)
+    padded_from: dict[int, Tensor] = field(default_factory=dict)
+    alive: list[Any] = field(default_factory=list)
+    outputs: int = 0
+
+    def __post_init__(self) -> None:
+        self.paths = {module: path for path, module in self.model.named_modules()}
+        self.owners = {
+            id(parameter): module
+            for module in self.paths
+            if kind_of(module) is not None
+            for name, parameter in module._parameters.items()
+            if name == "weight" and parameter is not None
+        }
+
+    def run(self, inputs: tuple[Tensor, ...]) -> None:
+        """Run the model on ``inputs`` and record what happens."""
+        record = self
+
+        class Watched(Tensor):
+            """A tensor that reports the functions it meets; what they make is watched too."""
+
+            @classmethod
+            def __torch_function__(
+                cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                result = super().__torch_function__(func, types, args, kwargs or {})
+                record.see(getattr(func, "__name__", ""), args, kwargs or {}, result)
+                return result
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(module)
+            self.stack_inputs.append(next(_tensors(args), None))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            self.stack.pop()
+            self.stack_inputs.pop()
+            # code that hides tensors from the watch, such as scripted modules, returns plain ones
+            return _map_tensors(output, lambda t: t if isinstance(t, Watched) else t.as_subclass(Watched))
+
+        hooks = []
+        try:
+            for module in self.paths:
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # it takes no hooks
+                hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            with torch.no_grad(), evaluating(self.model):
+                output = self.model(*(tensor.as_subclass(Watched) for tensor in inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for tensor in _tensors(output):
+            self.outputs += 1
+            self.uses[id(tensor)] += 1
+
+    def see(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        """Take note of one function call."""
+        if name in _ASKS and next(_tensors(result), None) is None:
+            return
+        self.alive.append((args, kwargs, result))  # so that no id is used twice
+        for tensor in _tensors((args, kwargs)):
+            self.uses[id(tensor)] += 1
+        module = self.stack[-1] if self.stack else self.model
+        given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
+        if name in ("pad", "_pad", "_pad_circular") and isinstance(result, Tensor) and _pads_zero(args, kwargs):
+            self.padded_from[id(result)] = given
+        if isinstance(module, _BatchNorm) and name == "batch_norm":
+            self.norm_calls.setdefault(module, []).append(given)
+        if name not in _REASONS:
+            return
+        kind = kind_of(module)
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if kind is not None and name == kind.function:
+            self.see_layer(module, weight, _Call(given, result, self.stack_inputs[-1]))
+            return
+        for tensor in _tensors((args, kwargs)):
+            owner = self.owners.get(id(tensor))
+            if owner is not None and owner is not module:
+                self.used_elsewhere[owner] = f"its weight is used by {name} in {self.at(module)}, not through its own forward"
+        self.functions.append(self.function_info(name, module))
+
+    def see_layer(self, module: nn.Module, weight: Any, call: _Call) -> None:
+        """Take note of a layer's own computation, or of why it cannot be quantized."""
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            self.refused[module] = (
+                "its weight is computed before each use (weight_norm, spectral_norm or a parametrization); "
+                "remove that first, for example with torch.nn.utils.remove_weight_norm"
+            )
+        elif weight is not module._parameters["weight"]:
+            self.refused[module] = "its forward computes with something other than its 'weight' itself"
+        elif not self.same_but_padded(call.given, call.module_input):
+            self.refused[module] = "its forward changes the input (more than padding it with zeros) before computing"
+        self.calls.setdefault(module, []).append(call)
+
+    def same_but_padded(self, given: Tensor, module_input: Tensor | None) -> bool:
+        while given is not module_input and id(given) in self.padded_from:
+            given = self.padded_from[id(given)]
+        return module_input is None or given is module_input
+
+    def at(self, module: nn.Module) -> str:
+        return repr(self.paths[module]) if self.paths.get(module) else "the model's own forward"
+
+    def function_info(self, name: str, module: nn.Module) -> LayerInfo:
+        label = type(module).__name__ if _REASONS[name] == _RECURRENT else name
+        base = layer_name(self.paths.get(module, ""), label)
+        taken = {info.name for info in self.functions}
+        unique, number = base, 0
+        while unique in taken:
+            number += 1
+            unique = f"{base}_{number}"
+        op_type = str(type(module)) if _REASONS[name] == _RECURRENT else name
+        return LayerInfo(unique, op_type, (), _REASONS[name])
+
+    def result(self) -> ModelLayers:
+        """Return what was found."""
+        layers, refused = [], []
+        for module in [*self.calls, *(module for module in self.paths if module not in self.calls)]:
+            kind = kind_of(module)
+            if kind is None:
+                continue
+            reason = self.refused.get(module, "")
+            if module not in self.calls:
+                reason = self.used_elsewhere.get(module, "the run on 'input_shape' did not reach it")
+            info = _info(self.paths[module], kind, reason)
+            (refused if reason else layers).append(info)
+        paths = {_info(self.paths[m], k).name: self.paths[m] for m in self.paths if (k := kind_of(m)) is not None}
+        sealed = [path for module, path in self.paths.items() if isinstance(module, torch.jit.ScriptModule)]
+        scripted = [
+            LayerInfo(layer_name(path, "ScriptModule"), "TorchScript", (), "the layers of TorchScript are sealed")
+            for path in sealed
+            if not any(path.startswith(f"{outer}.") for outer in sealed)
+        ]
+        return ModelLayers(
+            layers=tuple(layers),
+            not_quantizable=(*refused, *self.functions, *scripted),
+            structure=Structure(paths, self.find_norms(), self.outputs),
+        )
+
+    def find_norms(self) -> dict[str, str]:
+        """Pair each layer with the batch normalization that alone uses its output."""
+        norms = {}
+        for norm, given in self.norm_calls.items():
+            for module, calls in self.calls.items():
+                if len(given) == 1 and len(calls) == 1 and given[0] is calls[0].made and self.foldable(module, norm):
+                    norms[self.paths[module]] = self.paths[norm]
+        return norms
+
+    def foldable(self, module: nn.Module, norm: nn.Module) -> bool:
+        call = self.calls[module][0]
+        kind = kind_of(module)
+        own_forward = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        channels_on_axis_1 = kind is not None and (kind.input_axis == 1 or call.made.dim() == 2)
+        return (
+            self.uses[id(call.made)] == 1
+            and own_forward
+            and channels_on_axis_1
+            and call.made.dim() == call.given.dim()
+            and getattr(norm, "running_mean", None) is not None
+        )
+
+
+def _by_definition(model: nn.Module, input_shape: str, error: Exception) -> ModelLayers:
+    """List a model that does not run on its shapes: in the order of its definition, without structure."""
+    layers, paths = [], {}
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None:
+            info = _info(path, kind)
+            layers.append(info)
+            paths[info.name] = path
+    first_line = str(error).strip().split("\n")[0][:200]
+    note = (
+        f"The model does not run on input_shape {input_shape!r} ({type(error).__name__}: {first_line}): layers are "
+        "listed in the order of their definition, functional calls are not listed, and batch normalization is not "
+        "folded."
+    )
+    return ModelLayers(tuple(layers), notes=(note,), structure=Structure(paths, {}, None))
+
+
+def _info(path: str, kind: LayerKind, reason: str = "") -> LayerInfo:
+    name = layer_name(path, kind.label)
+    return LayerInfo(name, kind.op_type, (), reason) if reason else LayerInfo(name, kind.op_type)
+
+
+def _pads_zero(args: Any, kwargs: Any) -> bool:
+    """Say whether a call of ``pad`` fills with zeros or repeats the data, which both commute with quantization."""
+    mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+    value = args[3] if len(args) > 3 else kwargs.get("value")
+    return mode != "constant" or not value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dictionaries (dataclasses are opaque)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the tensors in plain tuples, lists and dictionaries; anything else is returned as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) is dict:
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value

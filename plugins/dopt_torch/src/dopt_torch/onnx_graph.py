@@ -1,0 +1,212 @@
+"""Finding the quantized layers in an exported ONNX graph, and giving them the same names on every torch version.
+
+Names that the exporter makes up differ between versions. Each quantized layer's weight therefore passes through a
+mark, a node that carries the layer's index; the mark is removed here, and the layer's node, weight, bias and input
+edge are named after its module path.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from dopt_api.errors import ModelError
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+__all__ = ["MARK", "GraphEditor", "Place", "mark_value"]
+
+MARK = "LeakyRelu"
+"""The operator of a mark: standard, of one input and output, left alone by the exporter, with a number to carry."""
+
+_COMPUTES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer is in the graph: its calls as (node, input edge), and the names and axis of its tensors."""
+
+    calls: tuple[tuple[str, str], ...]
+    weight_tensor: str
+    weight_axis: int
+    bias_tensor: str | None
+
+
+def mark_value(index: int) -> float:
+    """Return the number that a mark carries for a layer: negative, as no activation function has it."""
+    return -1.0 - index
+
+
+class GraphEditor:
+    """An ONNX graph whose marks are resolved layer by layer with :meth:`settle`, then :meth:`finish`."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.constants: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.makers = {name: i for i, node in enumerate(self.nodes) for name in node.output}
+        self.users: dict[str, list[int]] = defaultdict(list)
+        for i, node in enumerate(self.nodes):
+            for name in node.input:
+                self.users[name].append(i)
+        self.node_names = {node.name for node in self.nodes}
+        # names that mean something outside of the nodes' own list, and so stay
+        self.fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
+        for node in self.nodes:
+            self.fixed.update(_inner_names(node))
+        self.marks: dict[float, list[int]] = defaultdict(list)
+        for i, node in enumerate(self.nodes):
+            if node.op_type == MARK and self._is_constant(node.input[0]):
+                self.marks[node.attribute[0].f].append(i)
+
+    def settle(self, index: int, path: str, weight: Float32, bias: Float32 | None, axis: int) -> Place:
+        """Resolve the marks of one layer and name what belongs to it.
+
+        Args:
+            index: The layer's index, as marked.
+            path: The layer's module path.
+            weight: Its weight on the grid, in the layout of the module.
+            bias: Its bias, or ``None``.
+            axis: The output channels' axis of ``weight``.
+
+        Raises:
+            ModelError: The graph does not compute the layer, or does so in a way that is not known here.
+        """
+        found = sorted(self._computation(mark, path) for mark in self.marks[mark_value(index)])
+        if not found:
+            raise ModelError(
+                f"The exported graph does not use the weight of layer {path!r}",
+                where=f"module {path!r}",
+                expected="a layer that the model calls for the shapes in 'input_shape'",
+                fix="Set it to 'float' in the strategy file.",
+            )
+        prefix = f"{path}." if path else ""
+        calls, names = [], []
+        for position, transposed in found:
+            node = self.nodes[position]
+            both_ways = transposed != found[0][1]  # called as Gemm and as MatMul: two layouts of one weight
+            names.append(
+                self._put(f"{prefix}weight{'.transposed' * both_ways}", weight.T if transposed else weight)
+            )
+            node.input[1] = names[-1]
+            if bias is not None:
+                self._set_bias(node, self._put(f"{prefix}bias", bias))
+            calls.append((self._name_node(node, path), self._name_input(node, path)))
+        return Place(
+            calls=tuple(calls),
+            weight_tensor=names[0],
+            weight_axis=1 - axis if found[0][1] else axis,
+            bias_tensor=None if bias is None else f"{prefix}bias",
+        )
+
+    def finish(self) -> ModelProto:
+        """Remove what is no longer used, check the graph and return it."""
+        graph = self.model.graph
+        needed = {value.name for value in graph.output}
+        live: list[NodeProto] = []
+        for node in reversed(self.nodes):
+            if not needed.isdisjoint(node.output):
+                needed.update(node.input, _inner_names(node))
+                live.append(node)
+        live.reverse()
+        edges = {name for node in live for name in node.output}
+        infos = [info for info in graph.value_info if info.name in edges]
+        constants = [tensor for name, tensor in self.constants.items() if name in needed]
+        for field, values in ((graph.node, live), (graph.value_info, infos), (graph.initializer, constants)):
+            kept = [type(value).FromString(value.SerializeToString()) for value in values]
+            del field[:]
+            field.extend(kept)
+        onnx.checker.check_model(self.model)
+        return self.model
+
+    def _computation(self, mark: int, path: str) -> tuple[int, bool]:
+        """Return the position of the node that computes with a marked weight, and whether it takes it transposed."""
+        name, transposed = self.nodes[mark].output[0], False
+        while len(self.users[name]) == 1:
+            position = self.users[name][0]
+            node = self.nodes[position]
+            if node.op_type in _COMPUTES and node.input[1] == name:
+                return position, transposed
+            if node.op_type == "Transpose" and len(node.attribute[0].ints) == 2:
+                transposed = not transposed
+            elif node.op_type != "Identity":
+                break
+            name = node.output[0]
+        found = ", ".join(self.nodes[i].op_type for i in self.users[name]) or "nothing"
+        raise ModelError(
+            f"The exported graph uses the weight of layer {path!r} in a way that is not known ({found})",
+            where=f"module {path!r}",
+            expected=f"one of {', '.join(_COMPUTES)}",
+            fix="Set this layer to 'float' in the strategy file, and report it.",
+        )
+
+    def _put(self, name: str, values: Float32) -> str:
+        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def _set_bias(self, node: NodeProto, name: str) -> None:
+        if node.op_type != "MatMul":
+            del node.input[2:]
+            node.input.append(name)
+            return
+        for user in self.users[node.output[0]]:  # a linear layer on more than two dimensions: MatMul, then Add
+            add = self.nodes[user]
+            for position, value in enumerate(add.input):
+                if add.op_type == "Add" and self._is_constant(value):
+                    add.input[position] = name
+
+    def _name_node(self, node: NodeProto, path: str) -> str:
+        self.node_names.discard(node.name)
+        node.name = _unused(_scoped(path, node.op_type), self.node_names)
+        self.node_names.add(node.name)
+        return node.name
+
+    def _name_input(self, node: NodeProto, path: str) -> str:
+        """Name the input edge after the first layer that reads it, unless it has a name that means something."""
+        old = str(node.input[0])
+        if old in self.fixed or old not in self.makers:
+            return old
+        new = _unused(_scoped(path, "input"), {*self.fixed, *self.makers, *self.constants} - {old})
+        maker = self.makers[new] = self.makers.pop(old)
+        self.users[new] = self.users.pop(old)
+        self.fixed.add(new)
+        fields = [self.nodes[maker].output, *(self.nodes[i].input for i in self.users[new])]
+        for field in fields:
+            for position, name in enumerate(field):
+                if name == old:
+                    field[position] = new
+        for info in self.model.graph.value_info:
+            if info.name == old:
+                info.name = new
+        return new
+
+    def _is_constant(self, name: str) -> bool:
+        """Say whether an edge is an initializer, or one passed on."""
+        while name in self.makers and self.nodes[self.makers[name]].op_type == "Identity":
+            name = self.nodes[self.makers[name]].input[0]
+        return name in self.constants
+
+
+def _scoped(path: str, name: str) -> str:
+    return f"/{path.replace('.', '/')}/{name}" if path else f"/{name}"
+
+
+def _unused(base: str, taken: Container[str]) -> str:
+    name, number = base, 0
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    return name
+
+
+def _inner_names(node: NodeProto) -> Iterator[str]:
+    """Yield the names that the subgraphs of a node (bodies of If and Loop) may take from outside."""
+    for attribute in node.attribute:
+        for inner in attribute.g.node if attribute.HasField("g") else ():
+            yield from inner.input
+            yield from _inner_names(inner)

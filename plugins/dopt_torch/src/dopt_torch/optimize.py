@@ -1,0 +1,148 @@
+"""From a float model to a quantized one, and its calibration mode."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from dopt_api.errors import CalibrationError, DoptError, ModelError
+from dopt_api.types import Plan
+from torch import Tensor, nn
+
+from dopt_torch.find_layers import Structure, refuse_wrapped
+from dopt_torch.layer_kinds import kind_of
+from dopt_torch.quantized_layer import norm_factor, quantize_in_place, quantized_layers
+from dopt_torch.statistics import merge_over_ranks
+
+__all__ = ["get_quant_loss", "optimize", "set_calibrate_state"]
+
+
+def optimize(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of ``model`` in which the layers of ``plan`` are quantized; ``model`` itself is unchanged.
+
+    Args:
+        model: The float model, of any floating type, on any device, in any mode.
+        plan: The checked strategy file.
+
+    Raises:
+        ModelError: The model is wrapped or already quantized, or cannot be copied.
+    """
+    refuse_wrapped(model)
+    structure: Structure = plan.model_layers.structure
+    try:
+        quantized = copy.deepcopy(model)
+    except Exception as error:  # whatever a user's module raises on being copied
+        raise ModelError(
+            f"The model cannot be copied: {type(error).__name__}: {error}",
+            expected="a model that copy.deepcopy copies",
+            fix="Remove tensors that are results of computations (weight_norm, caches) from the model's attributes.",
+        ) from error
+    for name, layer_plan in plan.quantized.items():
+        path = structure.paths[name]
+        layer = quantized.get_submodule(path)
+        kind = kind_of(layer)
+        if kind is None:
+            raise ModelError(f"Layer {name!r} changed its class while the model was copied", where=path)
+        quantize_in_place(layer, layer_plan, kind, _place(quantized, structure.norms.get(path)))
+    _avoid_fused_inference(quantized)
+    quantized.__dict__["dopt_plan"] = plan
+    return quantized
+
+
+def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
+    """Switch calibration on or off; under ``torch.distributed``, every rank must switch it off together.
+
+    While it is on, the model is in evaluation mode, so that batch normalization and dropout behave as deployed and no
+    running statistics change; the modules' own modes come back when it is switched off.
+
+    Args:
+        model: The quantized model, wrapped (DDP) or not.
+        calibration_mode: On or off.
+
+    Raises:
+        ModelError: The model is not a quantized one.
+        CalibrationError: On switching off: layers saw no data, or NaN or infinity; the others are calibrated.
+    """
+    root = _root(model)
+    if calibration_mode == ("dopt_modes" in root.__dict__):
+        return
+    quantizers = [layer.dopt_quantizer for layer in quantized_layers(root)]
+    if calibration_mode:
+        root.__dict__["dopt_modes"] = {name: module.training for name, module in root.named_modules()}
+        root.eval()
+        for quantizer in quantizers:
+            quantizer.start_calibration()
+        return
+    modes: dict[str, bool] = root.__dict__.pop("dopt_modes")
+    for name, module in root.named_modules():
+        module.training = modes.get(name, module.training)
+    for quantizer in quantizers:
+        quantizer.calibrating = False
+    merge_over_ranks(quantizer.statistics for quantizer in quantizers)
+    failures: list[DoptError] = []
+    for quantizer in quantizers:
+        try:
+            quantizer.conclude()
+        except CalibrationError as error:
+            failures.append(error)
+    if failures:
+        first, more = failures[0], len(failures) - 1
+        raise CalibrationError(
+            first.what + (f" (and {more} other layers could not be calibrated)" if more else ""),
+            where=first.where,
+            expected=first.expected,
+            fix=first.fix,
+        )
+
+
+def get_quant_loss(model: nn.Module) -> Tensor:
+    """Return the quantization loss, a differentiable scalar on the model's device; 0 when every layer is float.
+
+    It is the mean over the quantized layers of the relative squared error of the weight plus, after a training pass,
+    that of the probed elements of the input; see :mod:`dopt_api.quantizer.training`.
+
+    Args:
+        model: The quantized model, wrapped (DDP) or not.
+
+    Raises:
+        ModelError: The model is not a quantized one.
+    """
+    root = _root(model)
+    errors = []
+    for layer in quantized_layers(root):
+        weight = layer.dopt_quantizer.weight_error(layer._parameters["weight"], norm_factor(layer))  # type: ignore[arg-type]  # a quantized layer has a weight
+        given = layer.dopt_quantizer.input_error()
+        errors.append(weight if given is None else weight + given)
+    if errors:
+        return torch.stack(errors).mean()
+    first = next(root.parameters(), torch.zeros(()))
+    return torch.zeros((), device=first.device)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """Return the module that :func:`optimize` returned, which may stand inside wrappers."""
+    for module in model.modules():
+        if "dopt_plan" in module.__dict__:
+            return module
+    raise ModelError(
+        f"This {type(model).__name__} is not a quantized model",
+        expected="what optimize_model returned, or a wrapper of it",
+        fix="Call optimize_model first and use the model that it returns.",
+    )
+
+
+def _place(model: nn.Module, path: str | None) -> tuple[nn.Module, str] | None:
+    if path is None:
+        return None
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _avoid_fused_inference(model: nn.Module) -> None:
+    """Keep transformer layers from their fused inference path, which reads weights and never calls the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
+            module.__dict__["activation_relu_or_gelu"] = 0
+        if isinstance(module, nn.TransformerEncoder) and quantized_layers(module):
+            module.__dict__["use_nested_tensor"] = False
+            module.__dict__["enable_nested_tensor"] = False

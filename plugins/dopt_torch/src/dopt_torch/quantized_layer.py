@@ -1,0 +1,122 @@
+"""Turning a layer into a quantized one, in place: the same module, of a subclass of its own class.
+
+The layer keeps its parameters and their names, its class for ``isinstance``, its hooks and its own ``forward``, which
+then sees a fake-quantized input and, for the time of the call, a fake-quantized ``weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from dopt_api.errors import CalibrationError
+from dopt_api.types import LayerPlan
+from torch import Tensor, nn
+
+from dopt_torch.layer_kinds import LayerKind
+from dopt_torch.quantizer import LayerQuantizer
+
+__all__ = ["QuantizedLayer", "norm_factor", "norm_of", "original_class", "quantize_in_place", "quantized_layers", "shadowed_weight"]
+
+
+class QuantizedLayer(nn.Module):
+    """What is mixed into the class of a quantized layer.
+
+    Attributes:
+        dopt_quantizer: The layer's quantizer, a submodule.
+        dopt_norm: Parent module and name of the batch normalization that is folded in, or ``None``. It is looked up
+            at each call, since other tools replace it (``SyncBatchNorm.convert_sync_batchnorm``).
+    """
+
+    dopt_quantizer: LayerQuantizer
+    dopt_norm: tuple[nn.Module, str] | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's own ``forward``: observed, quantized, or as it is."""
+        quantizer = self.dopt_quantizer
+        x: Tensor = args[0] if args else kwargs["input"]
+        if quantizer.calibrating:
+            self._refuse_replica()
+            quantizer.observe(x)
+            return super().forward(*args, **kwargs)
+        if not quantizer.prepare(x, self.training):
+            return super().forward(*args, **kwargs)
+        quantized = quantizer.quantize_input(x)
+        if args:
+            args = (quantized, *args[1:])
+        else:
+            kwargs["input"] = quantized
+        weight = self._parameters["weight"]
+        with shadowed_weight(self, quantizer.quantize_weight(weight, norm_factor(self))):  # type: ignore[arg-type]  # a quantized layer has a weight
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the original class, since this one is made at run time."""
+        reduced = super().__reduce_ex__(protocol)
+        return (_new, (original_class(self),), *reduced[2:])
+
+    def _refuse_replica(self) -> None:
+        if getattr(self, "_is_replica", False):
+            raise CalibrationError(
+                "The model is being calibrated through DataParallel, whose replicas are thrown away",
+                where=f"layer {self.dopt_quantizer.plan.name!r}",
+                fix="Run the calibration passes on the model itself ('wrapped.module').",
+            )
+
+
+def quantize_in_place(layer: nn.Module, plan: LayerPlan, kind: LayerKind, norm: tuple[nn.Module, str] | None) -> None:
+    """Make ``layer`` a quantized layer."""
+    layer.dopt_quantizer = LayerQuantizer(plan, kind, layer.weight)  # type: ignore[arg-type]  # layers have a weight
+    layer.dopt_quantizer.train(layer.training)
+    layer.__dict__["dopt_norm"] = norm
+    layer.__class__ = _quantized_class(type(layer))
+
+
+def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
+    """Return the quantized layers of a model, wrapped or not."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that a quantized layer had."""
+    return type(layer).__mro__[2]
+
+
+def norm_of(layer: nn.Module) -> nn.Module | None:
+    """Return the batch normalization that is folded into a quantized layer, or ``None``."""
+    place = layer.__dict__["dopt_norm"]
+    return None if place is None else place[0]._modules[place[1]]
+
+
+def norm_factor(layer: nn.Module) -> Tensor | None:
+    """Return what folding multiplies a layer's weight by, ``[C]`` float32 without a gradient, as the core computes it."""
+    norm = norm_of(layer)
+    if norm is None or not isinstance(norm.running_var, Tensor):
+        return None
+    with torch.no_grad():
+        root = torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[operator]  # modules are untyped
+        gamma = 1.0 if norm.weight is None else norm.weight.double()  # type: ignore[operator]  # see above
+        return (gamma / root).float()  # type: ignore[no-any-return]  # see above
+
+
+@contextmanager
+def shadowed_weight(layer: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Let ``layer.weight`` be another tensor for the time of the block; the parameter is untouched."""
+    layer.__dict__["weight"] = weight
+    try:
+        yield
+    finally:
+        del layer.__dict__["weight"]
+
+
+@lru_cache(maxsize=None)
+def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Quantized{original.__name__}", (QuantizedLayer, original), {"__module__": original.__module__})
+
+
+def _new(original: type[nn.Module]) -> nn.Module:
+    made = _quantized_class(original)
+    return made.__new__(made)

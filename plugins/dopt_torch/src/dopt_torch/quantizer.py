@@ -1,0 +1,258 @@
+"""The state of one quantized layer: scales, zero point, statistics; and what is done with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from dopt_api.quantizer import activation_parameters, lattice, scale_gradient_factor
+from dopt_api.types import LayerPlan
+from torch import Tensor, nn
+
+from dopt_torch.fake_quantize import (
+    LearnedScale,
+    LearnedWeightScale,
+    fake_quantize,
+    fake_quantize_weight,
+    positive,
+    weight_scale,
+)
+from dopt_torch.layer_kinds import LayerKind, on_weight, samples_first
+from dopt_torch.statistics import DeviceStatistics, merge_over_ranks
+
+__all__ = ["LayerQuantizer"]
+
+_log = logging.getLogger("dopt")
+
+
+class LayerQuantizer(nn.Module):
+    """What a quantized layer knows besides its weight and bias.
+
+    Scales are parameters, so that optimizers and ``DistributedDataParallel`` see them; statistics are neither
+    parameters nor buffers, so that no wrapper overwrites one rank's with another's, but they stand in the state dict.
+    Everything keeps its dtype when the model is cast.
+
+    Attributes:
+        plan: The layer's strategy and range method.
+        kind: The kind of layer.
+        input_scale: Float32 ``[]``.
+        weight_scale: Float32 ``[C]``; used once ``weight_learned`` is set, until then derived from the weight.
+        input_zero_point: Int32 ``[]``.
+        ready: uint8 ``[]``, 1 when ``input_scale`` and ``input_zero_point`` are decided.
+        weight_learned: uint8 ``[]``, 1 when training has taken over ``weight_scale``.
+        statistics: What calibration has seen.
+        calibrating: Whether forward passes collect statistics.
+    """
+
+    input_zero_point: Tensor
+    ready: Tensor
+    weight_learned: Tensor
+
+    def __init__(self, plan: LayerPlan, kind: LayerKind, weight: Tensor) -> None:
+        super().__init__()
+        self.plan, self.kind = plan, kind
+        device, channels = weight.device, weight.shape[kind.weight_axis]
+        self.input_scale = nn.Parameter(torch.ones((), device=device))
+        self.weight_scale = nn.Parameter(torch.ones(channels, device=device))
+        self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.uint8, device=device))
+        self.register_buffer("weight_learned", torch.zeros((), dtype=torch.uint8, device=device))
+        self.statistics = DeviceStatistics.empty(device)
+        self.calibrating = False
+        self.probed: Tensor | None = None
+        self._forget()
+
+    def extra_repr(self) -> str:
+        """Show strategy and state."""
+        state = "calibrating" if self.calibrating else "ready" if self.is_ready() else "not calibrated"
+        return f"{self.plan.name!r}, {self.plan.strategy.name}, {state}"
+
+    # ---- deciding the scales
+
+    def is_ready(self) -> bool:
+        """Whether the input's scale is decided; a pending calibration (as from a checkpoint) is concluded."""
+        if not self._ready:  # once true it stays, so that a device is asked only until then
+            if not self.ready and not self.calibrating and self.statistics.seen:
+                self.conclude()
+            self._ready = bool(self.ready)
+        return self._ready
+
+    def start_calibration(self) -> None:
+        """Forget earlier statistics and collect from now on."""
+        self.statistics = DeviceStatistics.empty(self.input_scale.device)
+        self.ready.zero_()
+        self._forget()
+        self.calibrating = True
+
+    def conclude(self) -> None:
+        """Let the core turn the statistics into scale and zero point.
+
+        Raises:
+            CalibrationError: There were no data, or NaN or infinity among them.
+        """
+        scale, zero_point = activation_parameters(
+            self.statistics.to_core(),
+            self.plan.strategy.activation,
+            layer=self.plan.name,
+            method=self.plan.range_method,
+        )
+        with torch.no_grad():
+            self.input_scale.fill_(float(scale))
+            self.input_zero_point.fill_(zero_point)
+            self.ready.fill_(1)
+        self._forget()
+
+    def observe(self, x: Tensor) -> None:
+        """Take a batch of inputs into the statistics."""
+        with torch.no_grad():
+            self.statistics.update(samples_first(x.detach(), self.kind), self.kind.input_axis)
+
+    def prepare(self, x: Tensor, training: bool) -> bool:
+        """Make sure that the scale is decided, from this very batch in training; say whether it is."""
+        if self.is_ready():
+            return True
+        if training:
+            self.statistics = DeviceStatistics.empty(x.device)
+            self.observe(x)
+            merge_over_ranks([self.statistics])
+            self.conclude()
+            return True
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "Layer %r has no input range yet and runs in float: calibrate it (set_calibrate_state) or train it.",
+                self.plan.name,
+            )
+        return False
+
+    # ---- quantizing
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized input, of the dtype of ``x``."""
+        grid = self.plan.strategy.activation
+        low, high = self._bounds()
+        scale = positive(self.input_scale)
+        data = x.float()
+        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+            self.probed = None
+            return fake_quantize(data, scale, low, high).to(x.dtype)
+        batch = samples_first(data, self.kind)
+        factor = scale_gradient_factor(batch[0].numel() if len(batch) else 1, grid)
+        probe = lattice(tuple(batch.shape), self.kind.input_axis)
+        result, probed = LearnedScale.apply(batch, scale, low, high, factor, probe)
+        self.probed = probed if self.training else None
+        return result.view(x.shape).to(x.dtype)  # type: ignore[no-any-return]  # autograd functions are untyped
+
+    def quantize_weight(self, weight: Tensor, factor: Tensor | None) -> Tensor:
+        """Return the fake-quantized weight, of its own dtype.
+
+        Args:
+            weight: The layer's weight.
+            factor: The factor of the batch normalization that follows, ``[C]``, or ``None``. The folded weight is
+                what is quantized; the result is divided by the factor, since the normalization runs after the layer.
+        """
+        grid, axis = self.plan.strategy.weight, self.kind.weight_axis
+        data = weight.float()
+        folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
+        scale = self._current_weight_scale(data if folding is None else data * folding)
+        if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
+            learning = scale_gradient_factor(weight.numel() // weight.shape[axis], grid)
+            result: Tensor = LearnedWeightScale.apply(data, scale, folding, grid, axis, learning)
+        else:
+            result = fake_quantize_weight(data, scale, folding, grid, axis)
+        return result.to(weight.dtype)
+
+    def weight_error(self, weight: Tensor, factor: Tensor | None) -> Tensor:
+        """Return the relative squared error of the folded weight, differentiable."""
+        grid, axis = self.plan.strategy.weight, self.kind.weight_axis
+        folded = weight.float() if factor is None else weight.float() * on_weight(factor, weight, axis)
+        step = on_weight(self._current_weight_scale(folded), folded, axis)
+        return _relative_error(folded, step, grid.qmin, grid.qmax)
+
+    def input_error(self) -> Tensor | None:
+        """Return the relative squared error of the probed inputs of the last training pass, or ``None``."""
+        if self.probed is None:
+            return None
+        return _relative_error(self.probed, positive(self.input_scale), *self._bounds())
+
+    def _bounds(self) -> tuple[int, int]:
+        """Return the ends of the input's grid, less its zero point."""
+        if self._zero_point is None:
+            self._zero_point = int(self.input_zero_point)
+        grid = self.plan.strategy.activation
+        return grid.qmin - self._zero_point, grid.qmax - self._zero_point
+
+    def _current_weight_scale(self, folded: Tensor) -> Tensor:
+        if not self._learned:
+            self._learned = bool(self.weight_learned)
+        if self._learned:
+            return positive(self.weight_scale)
+        derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
+        if not self.training:
+            return derived
+        with torch.no_grad():
+            self.weight_scale.copy_(derived)
+            self.weight_learned.fill_(1)
+        self._learned = True
+        return positive(self.weight_scale)
+
+    # ---- being a module
+
+    def _forget(self) -> None:
+        """Forget what is cached on the host of the buffers' values."""
+        self._ready = self._learned = self._warned = False
+        self._zero_point: int | None = None
+        self.probed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the probed inputs, which belong to one pass and cannot be copied."""
+        return {**self.__dict__, "probed": None}
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> LayerQuantizer:
+        """Move, but never cast."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, *args, **kwargs)
+        self.statistics.map(move)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.statistics.seen:
+            for name, part in self.statistics.parts.items():
+                destination[f"{prefix}statistics.{name}"] = part
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load what is there; a float checkpoint has nothing for a quantizer, and that is no error."""
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not own:
+            return
+        inner = f"{prefix}statistics."
+        parts = {key[len(inner) :]: value for key, value in own.items() if key.startswith(inner)}
+        super()._load_from_state_dict(
+            {key: value for key, value in own.items() if not key.startswith(inner)}, prefix, *args
+        )
+        device = self.input_scale.device
+        self.statistics = DeviceStatistics.empty(device)
+        if parts:
+            loaded = DeviceStatistics(parts).to_core()
+            self.statistics = DeviceStatistics.from_core(loaded, device)
+        self._forget()
+
+
+def _one_for_zero(factor: Tensor) -> Tensor:
+    """Return the factor with 1 for 0: such a channel is multiplied by 0 later, whatever its weights are."""
+    return torch.where(factor == 0, torch.ones_like(factor), factor)
+
+
+def _relative_error(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    r"""Return :math:`\sum (\hat x - x)^2 / \sum x^2` with the integers held fixed, so that it has a gradient."""
+    integers = (x / step).detach().round().clamp_(low, high)
+    energy = x.square().sum()
+    error = (integers * step - x).square().sum()
+    return error / torch.where(energy == 0, torch.ones_like(energy), energy)
