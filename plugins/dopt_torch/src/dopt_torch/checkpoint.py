@@ -11,10 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from dopt_api.errors import CheckpointError
 from torch import Tensor, nn
 
-from dopt_torch.quantized_layer import quantized_layers
+from dopt_api.errors import CheckpointError
 
 __all__ = ["load_checkpoint", "load_into"]
 
@@ -66,9 +65,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
         CheckpointError: It was saved from a float model, with another strategy file, or from another model.
     """
     where = str(path.absolute())
-    names = {id(module): name for name, module in model.named_modules()}
-    wanted = {f"{names[id(layer)]}.".lstrip(".") + "dopt_quantizer." for layer in quantized_layers(model)}
-    present = {key[: key.index("dopt_quantizer.") + 15] for key in state if "dopt_quantizer." in key}
+    wanted, present = _quantizers(model.state_dict()), _quantizers(state)
     if wanted and not present:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} is that of a float model",
@@ -77,7 +74,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
             fix="torch.save(quant_model.state_dict(), path), with the model that optimize_model returned.",
         )
     if wanted - present or present - wanted:
-        layer = sorted((wanted - present) or (present - wanted))[0][: -len(".dopt_quantizer.")]
+        layer = min((wanted - present) or (present - wanted))
         how = "does not hold" if wanted - present else "holds"
         raise CheckpointError(
             f"The checkpoint {str(path)!r} {how} the quantizer of {layer!r}, unlike the strategy file says",
@@ -94,6 +91,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
             expected="a checkpoint of the same model",
             fix="Build the model with the same arguments as for training.",
         ) from error
+
+
+def _quantizers(state: Mapping[str, Tensor]) -> set[str]:
+    """Return the module paths of the layers whose quantizers a state dict holds."""
+    return {key.rpartition("dopt_quantizer.")[0].rstrip(".") for key in state if "dopt_quantizer." in key}
 
 
 def _is_mapping(content: object) -> bool:

@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from dopt_api.errors import CalibrationError, DoptError, ModelError
 from dopt_api.files import staged
 from dopt_api.params import FloatLayer, QuantizedLayer, QuantParams, fold, layer_params, quantize_layer, render_params
 from dopt_api.quantizer import BatchNorm
 from dopt_api.types import ExportResult, Plan
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
 from dopt_torch.checkpoint import load_checkpoint, load_into
 from dopt_torch.fake_quantize import positive
 from dopt_torch.find_layers import Structure, evaluating, example_inputs
 from dopt_torch.layer_kinds import kind_of
 from dopt_torch.onnx_graph import MARK, GraphEditor, mark_value
 from dopt_torch.optimize import optimize
-from dopt_torch.quantized_layer import original_class, shadowed_weight
+from dopt_torch.quantized_layer import norm_factor, original_class, shadowed_weight
 
 __all__ = ["OPSET", "export"]
 
@@ -94,18 +94,18 @@ def _quantize(model: nn.Module, plan: Plan) -> list[_Layer]:
     for name, layer_plan in plan.quantized.items():
         path = structure.paths[name]
         module = model.get_submodule(path)
-        quantizer = module.dopt_quantizer
+        quantizer: Any = module.dopt_quantizer
         if not quantizer.is_ready():
             missing.append(name)
             continue
-        learned = positive(quantizer.weight_scale).detach().numpy() if quantizer.weight_learned else None
+        learned = quantizer.learned_weight_scale(norm_factor(module)) if quantizer.weight_learned else None
         float_layer = _float_layer(module, model.get_submodule(norm) if (norm := structure.norms.get(path)) else None)
         quantized = quantize_layer(
             float_layer,
             layer_plan,
             np.float32(positive(quantizer.input_scale).detach().numpy()),
             int(quantizer.input_zero_point),
-            learned,
+            None if learned is None else learned.detach().numpy(),
         )
         result.append(_Layer(path, module, quantized))
     if missing:
@@ -120,12 +120,13 @@ def _quantize(model: nn.Module, plan: Plan) -> list[_Layer]:
     return result
 
 
-def _float_layer(module: nn.Module, norm: nn.Module | None) -> FloatLayer:
+def _float_layer(module: Any, norm: Any) -> FloatLayer:
+    """Return the arrays of a layer and of the batch normalization after it, if any."""
     kind = kind_of(module)
     if kind is None:
         raise ModelError(f"{type(module).__name__} is no layer that can be quantized")
     return FloatLayer(
-        _array(module._parameters["weight"]),
+        _array(module.weight),
         None if module.bias is None else _array(module.bias),
         None
         if norm is None
@@ -134,7 +135,7 @@ def _float_layer(module: nn.Module, norm: nn.Module | None) -> FloatLayer:
             None if norm.bias is None else _array(norm.bias),
             _array(norm.running_mean),
             _array(norm.running_var),
-            float(norm.eps),  # type: ignore[arg-type]  # modules are untyped
+            float(norm.eps),
         ),
         kind.weight_axis,
     )
@@ -181,7 +182,7 @@ def _to_onnx(
             torch.onnx.export(
                 model,
                 example_inputs(model, plan.inputs),
-                written,
+                written,  # type: ignore[arg-type]  # the TorchScript exporter writes to buffers too
                 opset_version=OPSET,
                 input_names=inputs,
                 output_names=None if output_names is None else list(output_names),
@@ -203,7 +204,7 @@ class _Mark(torch.autograd.Function):
     """The identity for torch, and for ONNX a node that names a layer."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: int) -> Tensor:  # type: ignore[override]  # autograd functions declare their own arguments
+    def forward(_ctx: Any, weight: Tensor, _index: int) -> Tensor:
         return weight.clone()
 
     @staticmethod

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dopt_api.quantizer import SMALLEST_SCALE, Grid
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dopt_api.quantizer import SMALLEST_SCALE, Grid
 from dopt_torch.layer_kinds import on_weight
 
 __all__ = [
@@ -60,7 +60,7 @@ class LearnedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd functions declare their own arguments
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, probe: tuple[slice, ...]
     ) -> tuple[Tensor, Tensor]:
         """Quantize ``x`` (float32) and copy ``x[probe]``."""
@@ -71,8 +71,8 @@ class LearnedScale(torch.autograd.Function):
         return y, x[probe].clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not type it
-    def backward(ctx: Any, dy: Tensor | None, dprobed: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # see above
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dprobed: Tensor | None) -> tuple[Tensor | None, ...]:
         """Pass gradients on where the integer stays on the grid; sum the scale's as two dot products."""
         x, scale, y = ctx.saved_tensors
         dx = dscale = None
@@ -90,7 +90,7 @@ class LearnedWeightScale(torch.autograd.Function):
     """Fake quantization of a weight, per channel, in the space in which batch normalization is folded in."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd functions declare their own arguments
+    def forward(
         ctx: Any, weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int, factor: float
     ) -> Tensor:
         """Return ``fake_quantize(weight * folding) / folding``; see :func:`fake_quantize_weight`."""
@@ -99,8 +99,8 @@ class LearnedWeightScale(torch.autograd.Function):
         return fake_quantize_weight(weight, scale, folding, grid, axis)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not type it
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # see above
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Pass gradients on where the integer stays on the grid; sum the scale's over each channel."""
         weight, scale, folding = ctx.saved_tensors
         grid, axis = ctx.grid, ctx.axis

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dopt_api import config
-from dopt_api.errors import ConfigError, ModelError
-from dopt_api.types import InputSpec, LayerInfo, ModelLayers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dopt_api import config
+from dopt_api.errors import ConfigError, ModelError
+from dopt_api.types import InputSpec, LayerInfo, ModelLayers
 from dopt_torch.layer_kinds import LayerKind, kind_of, layer_name
 
 __all__ = ["Structure", "evaluating", "example_inputs", "find_layers", "refuse_wrapped"]
@@ -62,7 +62,7 @@ def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
     record = _Record(model)
     try:
         record.run(example_inputs(model, inputs))
-    except Exception as error:  # whatever a user's model raises: structure is then unknown, and the user is told
+    except Exception as error:  # noqa: BLE001  # a user's model can raise anything; the structure is then unknown
         return _by_definition(model, input_shape, error)
     return record.result()
 
@@ -169,8 +169,10 @@ _REASONS = {
 
 # Calls that only ask about a tensor and so do not use its values.
 _ASKS = frozenset(
-    ["__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__"]
-    + ["ndimension", "nelement", "element_size", "get_device", "storage_offset", "type", "__repr__", "__hash__"]
+    (
+        *("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__"),
+        *("ndimension", "nelement", "element_size", "get_device", "storage_offset", "type", "__repr__", "__hash__"),
+    )
 )
 
 
@@ -229,7 +231,7 @@ class _Record:
             self.stack.append(module)
             self.stack_inputs.append(next(_tensors(args), None))
 
-        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
             self.stack.pop()
             self.stack_inputs.pop()
             # code that hides tensors from the watch, such as scripted modules, returns plain ones
@@ -273,7 +275,9 @@ class _Record:
         for tensor in _tensors((args, kwargs)):
             owner = self.owners.get(id(tensor))
             if owner is not None and owner is not module:
-                self.used_elsewhere[owner] = f"its weight is used by {name} in {self.at(module)}, not through its own forward"
+                self.used_elsewhere[owner] = (
+                    f"its weight is used by {name} in {self.at(module)}, not through its own forward"
+                )
         self.functions.append(self.function_info(name, module))
 
     def see_layer(self, module: nn.Module, weight: Any, call: _Call) -> None:
@@ -310,7 +314,8 @@ class _Record:
 
     def result(self) -> ModelLayers:
         """Return what was found."""
-        layers, refused = [], []
+        layers: list[LayerInfo] = []
+        refused: list[LayerInfo] = []
         for module in [*self.calls, *(module for module in self.paths if module not in self.calls)]:
             kind = kind_of(module)
             if kind is None:

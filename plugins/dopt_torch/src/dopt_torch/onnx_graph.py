@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from dopt_api.errors import ModelError
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from dopt_api.errors import ModelError
 
 __all__ = ["MARK", "GraphEditor", "Place", "mark_value"]
 
@@ -90,9 +91,7 @@ class GraphEditor:
         for position, transposed in found:
             node = self.nodes[position]
             both_ways = transposed != found[0][1]  # called as Gemm and as MatMul: two layouts of one weight
-            names.append(
-                self._put(f"{prefix}weight{'.transposed' * both_ways}", weight.T if transposed else weight)
-            )
+            names.append(self._put(f"{prefix}weight{'.transposed' * both_ways}", weight.T if transposed else weight))
             node.input[1] = names[-1]
             if bias is not None:
                 self._set_bias(node, self._put(f"{prefix}bias", bias))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from dopt_api.errors import CalibrationError, DoptError, ModelError
-from dopt_api.types import Plan
 from torch import Tensor, nn
 
+from dopt_api.errors import CalibrationError, DoptError, ModelError
+from dopt_api.types import Plan
 from dopt_torch.find_layers import Structure, refuse_wrapped
 from dopt_torch.layer_kinds import kind_of
 from dopt_torch.quantized_layer import norm_factor, quantize_in_place, quantized_layers
@@ -83,7 +83,7 @@ def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
     for quantizer in quantizers:
         try:
             quantizer.conclude()
-        except CalibrationError as error:
+        except CalibrationError as error:  # noqa: PERF203  # each layer fails or not by itself
             failures.append(error)
     if failures:
         first, more = failures[0], len(failures) - 1

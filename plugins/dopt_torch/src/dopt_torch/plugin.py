@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from dopt_api.errors import BackendError
 from dopt_api.hookspec import hookimpl
 from dopt_api.types import BackendInfo, Capabilities, ExportResult, ModelLayers, Plan
-
 from dopt_torch._version import __version__
 
 if TYPE_CHECKING:
@@ -31,9 +30,7 @@ def dopt_describe_backend() -> BackendInfo:
         version=__version__,
         model_types=("torch.nn.modules.module.Module",),
         hook_api_version="1.0",
-        capabilities=Capabilities(
-            retraining=True, quant_loss=True, distributed_calibration=True, dynamic_batch=True
-        ),
+        capabilities=Capabilities(retraining=True, quant_loss=True, distributed_calibration=True, dynamic_batch=True),
     )
 
 

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
-from dopt_api.errors import CalibrationError
-from dopt_api.types import LayerPlan
 from torch import Tensor, nn
 
+from dopt_api.errors import CalibrationError, ModelError
+from dopt_api.types import LayerPlan
 from dopt_torch.layer_kinds import LayerKind
 from dopt_torch.quantizer import LayerQuantizer
 
-__all__ = ["QuantizedLayer", "norm_factor", "norm_of", "original_class", "quantize_in_place", "quantized_layers", "shadowed_weight"]
+__all__ = [
+    "QuantizedLayer",
+    "norm_factor",
+    "norm_of",
+    "original_class",
+    "quantize_in_place",
+    "quantized_layers",
+    "shadowed_weight",
+]
 
 
 class QuantizedLayer(nn.Module):
@@ -50,7 +58,9 @@ class QuantizedLayer(nn.Module):
         else:
             kwargs["input"] = quantized
         weight = self._parameters["weight"]
-        with shadowed_weight(self, quantizer.quantize_weight(weight, norm_factor(self))):  # type: ignore[arg-type]  # a quantized layer has a weight
+        if weight is None:
+            raise ModelError(f"Layer {quantizer.plan.name!r} has lost its weight")
+        with shadowed_weight(self, quantizer.quantize_weight(weight, norm_factor(self))):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -69,10 +79,10 @@ class QuantizedLayer(nn.Module):
 
 def quantize_in_place(layer: nn.Module, plan: LayerPlan, kind: LayerKind, norm: tuple[nn.Module, str] | None) -> None:
     """Make ``layer`` a quantized layer."""
-    layer.dopt_quantizer = LayerQuantizer(plan, kind, layer.weight)  # type: ignore[arg-type]  # layers have a weight
-    layer.dopt_quantizer.train(layer.training)
+    weight: Any = layer.weight
+    layer.dopt_quantizer = LayerQuantizer(plan, kind, weight).train(layer.training)
     layer.__dict__["dopt_norm"] = norm
-    layer.__class__ = _quantized_class(type(layer))
+    layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]  # mypy doubts that types are hashable
 
 
 def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
@@ -92,14 +102,14 @@ def norm_of(layer: nn.Module) -> nn.Module | None:
 
 
 def norm_factor(layer: nn.Module) -> Tensor | None:
-    """Return what folding multiplies a layer's weight by, ``[C]`` float32 without a gradient, as the core computes it."""
-    norm = norm_of(layer)
-    if norm is None or not isinstance(norm.running_var, Tensor):
+    """Return what folding multiplies a layer's weight by, as the core does: ``[C]`` float32 without a gradient."""
+    norm: Any = norm_of(layer)
+    if norm is None:
         return None
     with torch.no_grad():
-        root = torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[operator]  # modules are untyped
-        gamma = 1.0 if norm.weight is None else norm.weight.double()  # type: ignore[operator]  # see above
-        return (gamma / root).float()  # type: ignore[no-any-return]  # see above
+        root = torch.sqrt(norm.running_var.double() + norm.eps)
+        gamma = torch.ones_like(root) if norm.weight is None else norm.weight.double()
+        return (gamma / root).float()
 
 
 @contextmanager
@@ -112,11 +122,11 @@ def shadowed_weight(layer: nn.Module, weight: Tensor) -> Iterator[None]:
         del layer.__dict__["weight"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{original.__name__}", (QuantizedLayer, original), {"__module__": original.__module__})
 
 
 def _new(original: type[nn.Module]) -> nn.Module:
-    made = _quantized_class(original)
+    made = _quantized_class(original)  # type: ignore[arg-type]  # see above
     return made.__new__(made)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dopt_api.quantizer import activation_parameters, lattice, scale_gradient_factor
-from dopt_api.types import LayerPlan
 from torch import Tensor, nn
 
+from dopt_api.quantizer import activation_parameters, lattice, scale_gradient_factor
+from dopt_api.types import LayerPlan
 from dopt_torch.fake_quantize import (
     LearnedScale,
     LearnedWeightScale,
@@ -38,7 +38,8 @@ class LayerQuantizer(nn.Module):
         plan: The layer's strategy and range method.
         kind: The kind of layer.
         input_scale: Float32 ``[]``.
-        weight_scale: Float32 ``[C]``; used once ``weight_learned`` is set, until then derived from the weight.
+        weight_scale: Float32 ``[C]``, of the weight before folding; used once ``weight_learned`` is set, until then
+            derived from the weight.
         input_zero_point: Int32 ``[]``.
         ready: uint8 ``[]``, 1 when ``input_scale`` and ``input_zero_point`` are decided.
         weight_learned: uint8 ``[]``, 1 when training has taken over ``weight_scale``.
@@ -62,11 +63,12 @@ class LayerQuantizer(nn.Module):
         self.statistics = DeviceStatistics.empty(device)
         self.calibrating = False
         self.probed: Tensor | None = None
-        self._forget()
+        self._zero_point: int | None = None
+        self._ready = self._learned = self._warned = False
 
     def extra_repr(self) -> str:
         """Show strategy and state."""
-        state = "calibrating" if self.calibrating else "ready" if self.is_ready() else "not calibrated"
+        state = "calibrating" if self.calibrating else "ready" if self.ready else "not calibrated"
         return f"{self.plan.name!r}, {self.plan.strategy.name}, {state}"
 
     # ---- deciding the scales
@@ -156,7 +158,7 @@ class LayerQuantizer(nn.Module):
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
         data = weight.float()
         folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
-        scale = self._current_weight_scale(data if folding is None else data * folding)
+        scale = self._current_weight_scale(data if folding is None else data * folding, factor)
         if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
             learning = scale_gradient_factor(weight.numel() // weight.shape[axis], grid)
             result: Tensor = LearnedWeightScale.apply(data, scale, folding, grid, axis, learning)
@@ -167,8 +169,9 @@ class LayerQuantizer(nn.Module):
     def weight_error(self, weight: Tensor, factor: Tensor | None) -> Tensor:
         """Return the relative squared error of the folded weight, differentiable."""
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
-        folded = weight.float() if factor is None else weight.float() * on_weight(factor, weight, axis)
-        step = on_weight(self._current_weight_scale(folded), folded, axis)
+        folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
+        folded = weight.float() if folding is None else weight.float() * folding
+        step = on_weight(self._current_weight_scale(folded, factor), folded, axis)
         return _relative_error(folded, step, grid.qmin, grid.qmax)
 
     def input_error(self) -> Tensor | None:
@@ -184,27 +187,38 @@ class LayerQuantizer(nn.Module):
         grid = self.plan.strategy.activation
         return grid.qmin - self._zero_point, grid.qmax - self._zero_point
 
-    def _current_weight_scale(self, folded: Tensor) -> Tensor:
+    def learned_weight_scale(self, factor: Tensor | None) -> Tensor:
+        """Return the learned scales of the folded weight, ``[C]``.
+
+        The parameter itself is the scale of the weight before folding: it need not follow the running statistics of
+        the normalization as they move in training.
+        """
+        scale = positive(self.weight_scale)
+        return scale if factor is None else scale * self._stretch(factor)
+
+    def _stretch(self, factor: Tensor) -> Tensor:
+        """Return how much folding stretches each channel's scale; groups that share a scale take the greatest."""
+        return _one_for_zero(factor).abs().view(-1, self.weight_scale.numel()).amax(0)
+
+    def _current_weight_scale(self, folded: Tensor, factor: Tensor | None) -> Tensor:
         if not self._learned:
             self._learned = bool(self.weight_learned)
-        if self._learned:
-            return positive(self.weight_scale)
-        derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
-        if not self.training:
-            return derived
-        with torch.no_grad():
-            self.weight_scale.copy_(derived)
-            self.weight_learned.fill_(1)
-        self._learned = True
-        return positive(self.weight_scale)
+        if not self._learned:
+            derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
+            if not self.training:
+                return derived
+            with torch.no_grad():
+                self.weight_scale.copy_(derived if factor is None else derived / self._stretch(factor))
+                self.weight_learned.fill_(1)
+            self._learned = True
+        return self.learned_weight_scale(factor)
 
     # ---- being a module
 
     def _forget(self) -> None:
         """Forget what is cached on the host of the buffers' values."""
         self._ready = self._learned = self._warned = False
-        self._zero_point: int | None = None
-        self.probed = None
+        self._zero_point = self.probed = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the probed inputs, which belong to one pass and cannot be copied."""
@@ -217,7 +231,7 @@ class LayerQuantizer(nn.Module):
             moved: Tensor = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, *args, **kwargs)
+        super()._apply(move, *args, **kwargs)  # type: ignore[no-untyped-call]  # torch does not type it
         self.statistics.map(move)
         return self
 

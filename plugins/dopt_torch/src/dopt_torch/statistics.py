@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from dopt_api.quantizer import Statistics, lattice
-from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT
 from torch import Tensor
 from torch import distributed as dist
+
+from dopt_api.quantizer import Statistics, lattice
+from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT
 
 __all__ = ["DeviceStatistics", "merge_over_ranks"]
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import dopt_api
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from dopt_api.files import StrPath
     from dopt_api.types import ExportResult
-    from torch import Tensor, nn
 
 __all__ = ["generate_config_file", "generate_final_model", "get_quant_loss", "optimize_model", "set_calibrate_state"]
 
@@ -117,6 +118,4 @@ def generate_final_model(
         CalibrationError: A quantized layer was neither calibrated nor trained.
         OutputError: The folder does not exist or cannot be written.
     """
-    return dopt_api.export(
-        model, config_file, pth_file, output_dir, dynamic_batch=dynamic_batch, backend="torch"
-    )
+    return dopt_api.export(model, config_file, pth_file, output_dir, dynamic_batch=dynamic_batch, backend="torch")
