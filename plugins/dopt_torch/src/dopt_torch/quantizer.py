@@ -231,7 +231,7 @@ class LayerQuantizer(nn.Module):
             moved: Tensor = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, *args, **kwargs)  # type: ignore[no-untyped-call]  # torch does not type it
+        super()._apply(move, *args, **kwargs)
         self.statistics.map(move)
         return self
 
