@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,14 @@ class StrategyFile:
     input_shape: str | None
     layers: Mapping[str, Mapping[str, Any]]
 
-    def where(self, key: str) -> str:
-        """Return ``"file, line N"`` for the first line that has the key, or the file alone."""
-        for written in (json.dumps(key), json.dumps(key, ensure_ascii=False)):
-            found = re.search(re.escape(written) + r"\s*:", self.text)
-            if found:
-                return f"{self.path}, line {self.text.count(chr(10), 0, found.start()) + 1}"
-        return str(self.path)
+    def where(self, *path: str) -> str:
+        """Return ``"file, line N"`` for the key that these keys lead to, or the file alone."""
+        line = self._lines.get(path)
+        return str(self.path) if line is None else f"{self.path}, line {line}"
+
+    @cached_property
+    def _lines(self) -> dict[tuple[str, ...], int]:
+        return {path: line for _, path, line in _keys(self.text)}
 
 
 def write(path: StrPath, found: ModelLayers, input_shape: str | None = None) -> Path:
@@ -168,12 +170,12 @@ def check(file: StrategyFile, found: ModelLayers) -> Plan:
         if name in refused:
             raise ConfigError(
                 f"Layer {name!r} cannot be quantized: {refused[name].reason}",
-                where=file.where(name),
+                where=file.where("layer_strategy", name),
                 fix="Remove it from 'layer_strategy'.",
             )
         raise ConfigError(
             f"The model has no layer {name!r}",
-            where=file.where(name),
+            where=file.where("layer_strategy", name),
             expected=f"one of the model's {len(known)} layers",
             fix=f"{closest(name, known)} Otherwise remove it, or write a new file: layers cannot be added.".strip(),
         )
@@ -241,7 +243,7 @@ def _check_entry(file: StrategyFile, name: str, entry: object) -> None:
     if not isinstance(entry, dict) or "quant_strategy" not in entry:
         raise ConfigError(
             f"The entry of layer {name!r} has no 'quant_strategy': {reprlib.repr(entry)}",
-            where=file.where(name),
+            where=file.where("layer_strategy", name),
             expected='{"op_type": ..., "quant_strategy": "float" or a strategy}',
         )
     for key, value in entry.items():
@@ -250,19 +252,21 @@ def _check_entry(file: StrategyFile, name: str, entry: object) -> None:
         if key not in LAYER_KEYS:
             raise ConfigError(
                 f"The entry of layer {name!r} has the unknown key {key!r}",
-                where=file.where(name),
+                where=file.where("layer_strategy", name),
                 expected=f"one of {', '.join(map(repr, LAYER_KEYS))}; comments stand under {COMMENT!r}",
                 fix=closest(key, LAYER_KEYS) or "Remove it.",
             )
         if not isinstance(value, str):
             raise ConfigError(
-                f"The {key!r} of layer {name!r} is {reprlib.repr(value)}", where=file.where(name), expected="a string"
+                f"The {key!r} of layer {name!r} is {reprlib.repr(value)}",
+                where=file.where("layer_strategy", name),
+                expected="a string",
             )
 
 
 def _plan_layer(file: StrategyFile, name: str, layer: LayerInfo) -> LayerPlan | None:
     entry = file.layers[name]
-    where = file.where(name)
+    where = file.where("layer_strategy", name)
     if entry.get("op_type", layer.op_type) != layer.op_type:
         raise ConfigError(
             f"Layer {name!r} has the op_type {entry['op_type']!r} in the file, but is {layer.op_type!r} in the model",
@@ -296,19 +300,32 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _repeated_key(text: str) -> tuple[str, int]:
-    """Return the first key that stands twice in an object, and the line where it is repeated."""
-    objects: list[set[str]] = []
+def _keys(text: str) -> Iterator[tuple[int, tuple[str, ...], int]]:
+    """Yield each key of a JSON text: the number of its object, the keys that lead to it and itself, and its line."""
+    opened, line, counted = 0, 1, 0
+    last: tuple[str, ...] = ()
+    objects: list[tuple[int, tuple[str, ...]]] = []
     for token in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]', text):
         if token[0] == "{":
-            objects.append(set())
+            opened += 1
+            objects.append((opened, last))
         elif token[0] == "}":
-            objects.pop()
+            last = objects.pop()[1]
         elif token[2]:
-            key = json.loads(token[1])
-            if key in objects[-1] and key != COMMENT:
-                return key, text.count("\n", 0, token.start()) + 1
-            objects[-1].add(key)
+            number, parents = objects[-1]
+            last = (*parents, json.loads(token[1]))
+            line += text.count("\n", counted, token.start())
+            counted = token.start()
+            yield number, last, line
+
+
+def _repeated_key(text: str) -> tuple[str, int]:
+    """Return the first key that stands twice in an object, and the line where it is repeated."""
+    seen: set[tuple[int, str]] = set()
+    for number, (*_, key), line in _keys(text):
+        if (number, key) in seen and key != COMMENT:
+            return key, line
+        seen.add((number, key))
     raise ValueError("no key is repeated")
 
 
@@ -318,7 +335,7 @@ def _syntax_error(file: Path, text: str, error: json.JSONDecodeError) -> ConfigE
     here, before = text[at : at + 1], text[:at].rstrip()
     closing = re.match(r",\s*([\]}])", text[at:]) or re.match(r"([\]}])", here if before.endswith(",") else "")
     if not text.strip():
-        problem, fix = "the file is empty", "Write a new file with generate_config_file"
+        at, problem, fix = 0, "the file is empty", "Write a new file with generate_config_file"
     elif here in _FULL_WIDTH:
         problem, fix = f"the full-width or typographic character {here!r}", f"Type the ASCII {_FULL_WIDTH[here]!r}"
     elif text.startswith(("//", "/*"), at):

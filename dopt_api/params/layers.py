@@ -156,10 +156,9 @@ def _raised(scale: Float32, bias: Float32, input_scale: float) -> Float32:
 
 def _check_scale(kind: str, scale: ArrayLike, plan: LayerPlan) -> None:
     values = as_float32(scale)
-    if not (np.isfinite(values).all() and (values > 0.0).all()):
-        wrong = values[~(np.isfinite(values) & (values > 0.0))].flat[0]
+    if (wrong := ~(np.isfinite(values) & (values > 0.0))).any():
         raise NumbersError(
-            f"The {kind} scale {wrong:g} of layer {plan.name!r} cannot be used",
+            f"The {kind} scale {values[wrong][0]:g} of layer {plan.name!r} cannot be used",
             where=f"layer {plan.name!r}",
             expected="positive finite numbers",
             fix="Check the checkpoint: the training has diverged, or a value overflows.",

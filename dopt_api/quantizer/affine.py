@@ -64,20 +64,20 @@ def scale_zero_point(minimum: ArrayLike, maximum: ArrayLike, grid: Grid) -> tupl
         (0.01568627543747425, 64)
     """
     low, high = np.asarray(minimum, np.float64), np.asarray(maximum, np.float64)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    if (wrong := ~(np.isfinite(low) & np.isfinite(high))).any():
         raise NumbersError(
-            f"The range [{_brief(low)}, {_brief(high)}] is not finite",
+            f"The range {_first(wrong, low, high)} is not finite",
             expected="finite numbers",
             fix="Look for NaN and infinity in the data or the weights.",
         )
-    if max(np.abs(low).max(initial=0.0), np.abs(high).max(initial=0.0)) > LARGEST_END:
+    if (wrong := np.maximum(np.abs(low), np.abs(high)) > LARGEST_END).any():
         raise NumbersError(
-            f"The range [{_brief(low)}, {_brief(high)}] is too wide for float32",
+            f"The range {_first(wrong, low, high)} is too wide for float32",
             expected=f"magnitudes of at most {LARGEST_END:.3g}",
             fix="Look for a value that overflows in the data or the weights.",
         )
-    if (low > high).any():
-        raise NumbersError(f"The range [{_brief(low)}, {_brief(high)}] is empty", expected="minimum <= maximum")
+    if (wrong := low > high).any():
+        raise NumbersError(f"The range {_first(wrong, low, high)} is empty", expected="minimum <= maximum")
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     if grid.symmetric:
         high = np.maximum(-low, high)
@@ -170,10 +170,12 @@ def broadcast(values: NDArray[_Kind], ndim: int, axis: int | None) -> NDArray[_K
 
 def _scales(scale: ArrayLike, ndim: int, axis: int | None) -> Float32:
     scales = as_float32(scale)
-    if not (np.isfinite(scales).all() and (scales > 0.0).all()):
-        raise NumbersError(f"The scale {_brief(scales)} cannot be used", expected="positive finite numbers")
+    if (wrong := ~(np.isfinite(scales) & (scales > 0.0))).any():
+        raise NumbersError(f"The scale {scales[wrong][0]:g} cannot be used", expected="positive finite numbers")
     return broadcast(scales, ndim, axis)
 
 
-def _brief(values: NDArray[np.generic]) -> str:
-    return str(values) if values.ndim == 0 else np.array2string(values, threshold=8, edgeitems=3)
+def _first(wrong: NDArray[np.bool_], low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
+    """Show the first of the ranges that is wrong, with its channel where there are several."""
+    channel = f" of channel {int(np.flatnonzero(wrong)[0])}" if wrong.ndim else ""
+    return f"[{low[wrong][0]:g}, {high[wrong][0]:g}]{channel}"

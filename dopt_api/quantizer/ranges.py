@@ -103,6 +103,7 @@ def activation_parameters(
     """
     statistics.check(layer)
     try:
+        scale_zero_point(statistics.minimum, statistics.maximum, grid)  # whichever the method: the extremes are usable
         scale, zero_point = scale_zero_point(*RANGE_METHODS[method](statistics, grid), grid)
     except NumbersError as error:
         raise CalibrationError(

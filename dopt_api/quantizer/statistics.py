@@ -127,8 +127,8 @@ class Statistics:
             maximum=np.asarray(np.where(finite, high, -np.inf).max(), np.float32),
             sums=_limbs(np.where(finite, np.stack([low, high]), 0.0)),
         )
-        peak = np.where(finite, np.maximum(-low, high), 0.0).max()
-        new.exponent = np.asarray(max(int(np.frexp(np.float32(peak))[1]), LOWEST_EXPONENT), np.int64)
+        peak = np.where(finite, np.maximum(-low, high), 0.0).max(initial=2.0 ** (LOWEST_EXPONENT - 1))
+        new.exponent = np.asarray(np.frexp(np.float32(peak))[1], np.int64)  # at least the lowest, also of all zeros
         probed = data[finite][lattice(data.shape, channel_axis)].astype(np.float64)
         bins = (probed / 2.0 ** (int(new.exponent) - 11)).astype(np.int64) + (HALF_BINS - 1)
         new.counts = np.bincount(bins.ravel(), minlength=BINS).astype(np.int64)

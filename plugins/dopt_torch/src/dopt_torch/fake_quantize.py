@@ -1,8 +1,9 @@
 """Fake quantization on tensors, with the gradients of learned step sizes.
 
 The arithmetic is that of :mod:`dopt_api.quantizer.affine` to the bit: true division by the scale, rounding half to
-even, and clipping to the grid less the zero point, which spares adding and subtracting it. Done in place on one new
-tensor, these four vectorized passes are faster on a CPU than torch's fused kernel, which is scalar there.
+even, and clipping to the grid less the zero point, which spares adding and subtracting it. On a CPU, these four
+vectorized passes, done in place on blocks that stay in the cache, are several times faster than torch's fused kernel,
+which is scalar there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dopt_api.quantizer import SMALLEST_SCALE, Grid
+from dopt_torch.blocks import blocks, dense
 from dopt_torch.layer_kinds import on_weight
 
 __all__ = [
@@ -41,7 +43,11 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         low: ``qmin - zero_point``.
         high: ``qmax - zero_point``.
     """
-    return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
+    x = dense(x)
+    y = torch.empty_like(x)
+    for x_, y_ in blocks(x, y):
+        torch.div(x_, scale, out=y_).round_().clamp_(low, high).mul_(scale)
+    return y
 
 
 def weight_scale(weight: Tensor, grid: Grid, axis: int) -> Tensor:
@@ -64,6 +70,7 @@ class LearnedScale(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, probe: tuple[slice, ...]
     ) -> tuple[Tensor, Tensor]:
         """Quantize ``x`` (float32) and copy ``x[probe]``."""
+        x = dense(x)
         y = fake_quantize(x, scale, low, high)
         ctx.save_for_backward(x, scale, y)
         ctx.low, ctx.high, ctx.factor, ctx.probe = low, high, factor, probe
@@ -77,9 +84,15 @@ class LearnedScale(torch.autograd.Function):
         x, scale, y = ctx.saved_tensors
         dx = dscale = None
         if dy is not None:
-            # (dy . (r - m v)) = (dy . y - (m dy) . x) / scale, since y = r scale and x = v scale
-            dx = _where_inside(dy, x / scale, ctx.low, ctx.high)
-            dscale = (_dot(dy, y) - _dot(dx, x)) / scale * ctx.factor
+            # dy . (r - m v) = (dy . y - (m dy) . x) / scale, since y = r scale and x = v scale
+            dx = torch.empty_like(x)
+            dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+            sums = []
+            for x_, y_, dy_, dx_ in blocks(x, y, dy, dx):
+                torch.div(x_, scale, out=dx_)
+                _where_inside(dy_, dx_, ctx.low, ctx.high)
+                sums.append(torch.dot(dy_, y_) - torch.dot(dx_, x_))
+            dscale = torch.stack(sums).sum() / scale * ctx.factor
         if dprobed is not None:
             dx = torch.zeros_like(x) if dx is None else dx
             dx[ctx.probe] += dprobed
@@ -129,20 +142,8 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, folding: Tensor | None, 
     return v.round_().clamp_(grid.qmin, grid.qmax).mul_(step if folding is None else step / folding)
 
 
-def _where_inside(dy: Tensor, v: Tensor, low: int, high: int) -> Tensor:
-    """Return ``dy`` where ``low - 0.5 <= v <= high + 0.5``, else 0. ``v`` is overwritten."""
+def _where_inside(dy: Tensor, v: Tensor, low: int, high: int) -> None:
+    """Overwrite ``v`` by ``dy`` where ``low - 0.5 <= v <= high + 0.5``, else by 0."""
     below = float(np.nextafter(np.float32(low - 0.5), np.float32(-np.inf)))
     above = float(np.nextafter(np.float32(high + 0.5), np.float32(np.inf)))
-    if dy.stride() != v.stride():
-        dy = torch.empty_like(v).copy_(dy)
-    return torch.ops.aten.hardtanh_backward(dy, v, below, above, grad_input=v)  # type: ignore[no-any-return]
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of the products, in one pass and without a temporary where the memory layouts agree."""
-    if a.stride() == b.stride():
-        if a.is_contiguous():
-            return torch.dot(a.view(-1), b.view(-1))
-        order = sorted(range(a.dim()), key=a.stride, reverse=True)
-        a, b = a.permute(order), b.permute(order)
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    torch.ops.aten.hardtanh_backward(dy, v, below, above, grad_input=v)

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from dopt_api.quantizer import Statistics, lattice
 from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT
+from dopt_torch.blocks import BLOCK
 
 __all__ = ["DeviceStatistics", "merge_over_ranks"]
 
@@ -73,15 +74,20 @@ class DeviceStatistics:
             self.map(lambda part: part.to(x.device))
             own = self.parts
         inner = list(range(1, x.dim()))
-        low = (x.amin(inner) if inner else x).float()
-        high = (x.amax(inner) if inner else x).float()
-        extremes = torch.stack([low, high])
+        # a few samples at a time, so that the second pass finds them in the cache
+        step = max(1, BLOCK * x.shape[0] // x.numel()) if x.device.type == "cpu" else x.shape[0]
+        extremes = torch.empty(2, x.shape[0], dtype=x.dtype, device=x.device)
+        for sample, low, high in zip(x.split(step), extremes[0].split(step), extremes[1].split(step), strict=True):
+            torch.amin(sample, inner, out=low)
+            torch.amax(sample, inner, out=high)
+        extremes = extremes.float()
+        low, high = extremes
         finite = torch.isfinite(extremes).all(0)
         count = finite.sum()
         inf = torch.full((), float("inf"), device=x.device)
         kept = torch.where(finite, extremes, torch.zeros_like(extremes))
         peak = torch.maximum(-kept[0], kept[1]).amax()
-        exponent = torch.frexp(peak).exponent.to(torch.int64).clamp_min(LOWEST_EXPONENT)
+        exponent = torch.frexp(peak.clamp_min(2.0 ** (LOWEST_EXPONENT - 1))).exponent.to(torch.int64)
         exponent = torch.maximum(exponent, own["exponent"])
         # samples that are left out get bin -1, which is cut off
         probed = x[lattice(tuple(x.shape), channel_axis)].float()

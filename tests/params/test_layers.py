@@ -1,0 +1,221 @@
+"""Quantized layers: weights on their grid, biases that fit int32, and errors that name the layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from dopt_strategies import finite, scales
+from exact import exact
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dopt_api.errors import NumbersError
+from dopt_api.params import FloatLayer, QuantizedLayer, fold, quantize_layer
+from dopt_api.quantizer import SMALLEST_SCALE, BatchNorm, Grid
+from dopt_api.quantizer.affine import LARGEST_END
+from dopt_api.strategy import STRATEGIES
+from dopt_api.types import LayerPlan
+
+F32 = np.float32
+PLAN = LayerPlan("block/conv1/Conv2D", "Conv2D", STRATEGIES["Quant_INT8-8"])
+PER_TENSOR = replace(PLAN, strategy=replace(PLAN.strategy, weight=Grid(8, signed=True, symmetric=True, narrow=True)))
+
+usable = st.floats(float(F32(-LARGEST_END)), float(F32(LARGEST_END)), width=32)
+weights = hnp.arrays(F32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=4), elements=usable)
+normal_scales = st.floats(2.0**-60, 2.0**30, width=32)
+small = st.one_of(
+    st.just(0.0), st.floats(-1e3, 1e3, width=16).map(lambda x: x * 2.0**-80), st.floats(-1e3, 1e3, width=16)
+)
+
+
+def layer_of(weight, bias=None, norm=None, axis=0) -> FloatLayer:
+    return FloatLayer(np.asarray(weight, F32), None if bias is None else np.asarray(bias, F32), norm, axis)
+
+
+def quantized(weight, bias=None, input_scale=0.5, *, plan=PLAN, learned=None, axis=0, norm=None) -> QuantizedLayer:
+    return quantize_layer(layer_of(weight, bias, norm, axis), plan, F32(input_scale), 3, learned)
+
+
+# ---- weights
+
+
+@given(weights, st.integers(-2, 1))
+def test_weights_lie_on_their_grid(weight, axis):
+    layer = quantized(weight, axis=axis)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    assert layer.integers.dtype == np.int32
+    assert np.abs(layer.integers).max() <= 127
+    assert layer.weight.tobytes() == (layer.integers.astype(F32) * layer.weight_scale.reshape(shape)).tobytes()
+
+
+@given(weights)
+def test_weights_move_by_at_most_half_a_step(weight):
+    layer = quantized(weight)
+    for channel, scale in enumerate(layer.weight_scale):
+        for before, after in zip(weight[channel].ravel(), layer.weight[channel].ravel(), strict=True):
+            assert abs(exact(before) - exact(after)) <= exact(scale) * (Fraction(1, 2) + Fraction(1, 2**15))
+
+
+@given(weights, st.integers(-2, 1))
+def test_each_channel_has_the_scale_of_its_greatest_weight(weight, axis):
+    layer = quantized(weight, axis=axis)
+    for channel, scale in zip(np.moveaxis(weight, axis, 0), layer.weight_scale, strict=True):
+        peak = float(np.abs(channel).max())
+        assert float(scale) == (max(float(F32(peak / 127)), SMALLEST_SCALE) if peak else 1.0)
+
+
+@given(weights)
+def test_one_scale_per_tensor_where_the_strategy_says_so(weight):
+    layer = quantized(weight, np.ones(len(weight)), plan=PER_TENSOR)
+    assert layer.weight_scale.shape == ()
+    assert layer.bias_scale.shape == (len(weight),)
+    assert len(set(layer.bias_scale.tolist())) == 1
+
+
+@given(hnp.arrays(F32, (3, 4), elements=finite), hnp.arrays(F32, 3, elements=scales))
+def test_learned_scales_are_used_as_they_are(weight, learned):
+    layer = quantized(weight, learned=learned)
+    assert layer.weight_scale.tobytes() == learned.tobytes()
+
+
+def test_quantizing_twice_changes_nothing():
+    weight = np.random.default_rng(0).standard_normal((8, 3, 3, 3))
+    once = quantized(weight, np.ones(8))
+    twice = quantized(once.weight, np.ones(8), learned=once.weight_scale)
+    assert twice.weight.tobytes() == once.weight.tobytes()
+
+
+def test_what_was_given_is_kept():
+    layer = quantized([[1.0]], [2.0], 0.25)
+    assert (layer.plan, layer.input_scale, layer.input_zero_point, layer.axis) == (PLAN, F32(0.25), 3, 0)
+    assert layer.bias.tolist() == [2.0]
+    assert quantized([[1.0]]).bias is quantized([[1.0]]).bias_scale is None
+
+
+# ---- biases
+
+
+def assert_bias_fits(layer: QuantizedLayer) -> None:
+    """Check the bias in exact arithmetic, and as a target computes it in float32."""
+    for bias, scale in zip(layer.bias, layer.bias_scale, strict=True):
+        assert scale >= SMALLEST_SCALE
+        assert abs(round(exact(bias) / exact(scale))) <= 2**31 - 1
+        assert abs(float(np.rint(F32(bias) / F32(scale)))) <= 2**31 - 1
+
+
+@given(
+    hnp.arrays(F32, (3, 2), elements=small),
+    hnp.arrays(F32, 3, elements=st.floats(-1e6, 1e6, width=32)),
+    normal_scales,
+    st.booleans(),
+)
+def test_biases_fit_int32_whatever_the_weights(weight, bias, input_scale, per_tensor):
+    assert_bias_fits(quantized(weight, bias, input_scale, plan=PER_TENSOR if per_tensor else PLAN))
+
+
+@given(st.floats(2.0**-20, 1.0, width=32), st.floats(0.125, 16.0, width=32))
+def test_biases_fit_int32_at_a_scale_raised_to_the_limit(input_scale, bias):
+    layer = quantized([[1e-30]], [bias], input_scale)
+    assert_bias_fits(layer)
+    assert bias / float(layer.bias_scale[0]) > 2**31 * 0.999  # and is not raised more than needed
+
+
+@given(hnp.arrays(F32, (2, 3), elements=normal_scales), hnp.arrays(F32, 2, elements=finite), normal_scales)
+def test_scales_are_raised_only_where_the_bias_does_not_fit(weight, bias, input_scale):
+    plain = quantized(weight, input_scale=input_scale).weight_scale
+    fits = np.abs(bias.astype(np.float64)) < float(input_scale) * plain.astype(np.float64) * (2**31 - 2**10)
+    fits &= float(input_scale) * plain.astype(np.float64) >= 2 * SMALLEST_SCALE
+    raised = quantized(weight, np.where(fits, bias, F32(0)), input_scale).weight_scale
+    np.testing.assert_array_equal(raised[fits], plain[fits])
+
+
+@given(hnp.arrays(F32, (2, 3), elements=usable), normal_scales)
+def test_bias_scale_is_the_float32_product_of_input_and_weight_scale(weight, input_scale):
+    layer = quantized(np.clip(weight, -1e6, 1e6), [1.0, 2.0], input_scale)
+    assert layer.bias_scale.tobytes() == (F32(input_scale) * layer.weight_scale).tobytes()
+
+
+def test_a_channel_without_weights_keeps_its_bias():
+    layer = quantized(np.zeros((2, 3)), [7.0, 1e12], 1e-3)
+    assert layer.integers.tolist() == [[0, 0, 0]] * 2
+    assert layer.weight_scale[0] == 1.0
+    assert layer.weight_scale[1] > 1.0
+    assert_bias_fits(layer)
+
+
+def test_a_bias_scale_is_never_zero():
+    layer = quantized([[1e-38]], [0.0], 1e-30)
+    assert_bias_fits(layer)
+
+
+def test_groups_of_a_transposed_convolution_share_scales_and_not_biases():
+    """Weight ``[groups * 2, 3, k]`` with biases of 6 output channels: channel ``c`` has scale ``c % 3``."""
+    layer = quantized(np.full((4, 3, 5), 1e-20), [1.0, 2.0, 3.0, 30.0, 0.2, 0.1], axis=1)
+    assert layer.weight_scale.shape == (3,)
+    assert layer.bias_scale.tolist() == np.tile(F32(0.5) * layer.weight_scale, 2).tolist()
+    assert_bias_fits(layer)
+    assert layer.weight_scale[0] > layer.weight_scale[2] > layer.weight_scale[1]
+
+
+# ---- folding
+
+
+def test_normalization_is_folded_before_quantization():
+    norm = BatchNorm(np.array([4.0]), np.array([1.0]), np.array([2.0]), np.array([4.0]), 0.0)
+    layer = quantized([[127.0, -3.0]], [5.0], norm=norm)
+    assert layer.weight_scale.tolist() == [2.0]
+    assert layer.integers.tolist() == [[127, -3]]
+    assert layer.bias.tolist() == [7.0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_fold_returns_float32(dtype):
+    weight, bias = fold(FloatLayer(np.ones((1, 2), dtype), np.ones(1, dtype), None, 0))
+    assert weight.dtype == bias.dtype == F32
+    assert fold(FloatLayer(np.ones((1, 2), dtype), None, None, 0))[1] is None
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": [[np.nan]]}, "The weight of layer"),
+        ({"weight": [[np.inf]]}, "The weight of layer"),
+        ({"weight": [[1.0]], "bias": [np.nan]}, "The bias of layer"),
+        ({"weight": [[1.0]], "bias": [-np.inf]}, "The bias of layer"),
+        ({"weight": [[3e38]]}, "cannot be quantized: .* too wide"),
+        ({"weight": [[1.0]], "learned": np.array([np.nan])}, "The weight scale nan"),
+        ({"weight": [[1.0]], "learned": np.array([-0.5])}, "The weight scale -0.5"),
+        ({"weight": [[1.0]], "learned": np.array([0.0])}, "The weight scale 0"),
+        ({"weight": [[1.0]], "input_scale": np.nan}, "The input scale nan"),
+        ({"weight": [[1.0]], "input_scale": 0.0, "bias": [1.0]}, "The input scale 0"),
+        ({"weight": [[1.0]], "input_scale": 1e-38, "bias": [3e38]}, "The bias scale inf"),
+        ({"weight": [[1e37]], "input_scale": 1e37, "bias": [0.0]}, "The bias scale inf"),
+    ],
+)
+def test_errors_name_the_layer(arguments, message):
+    with pytest.raises(NumbersError, match=message) as caught:
+        quantized(**arguments)
+    assert "block/conv1/Conv2D" in caught.value.what
+    assert caught.value.where == "layer 'block/conv1/Conv2D'"
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(("variance", "epsilon"), [(-1.0, 1e-3), (0.0, 0.0), (np.nan, 1e-3)])
+def test_a_normalization_that_makes_no_sense_is_refused(variance, epsilon):
+    norm = BatchNorm(None, None, np.zeros(1), np.array([variance]), epsilon)
+    with pytest.raises(NumbersError, match=r"after folding.*a running variance is negative"):
+        quantized([[1.0]], norm=norm)
+
+
+def test_float64_weights_beyond_float32_are_refused():
+    layer = FloatLayer(np.array([[1e300]]), None, None, 0)
+    with pytest.raises(NumbersError, match="The weight of layer"):
+        quantize_layer(layer, PLAN, F32(1.0), 0)

@@ -1,0 +1,49 @@
+"""What importing costs, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = {"torch", "tensorflow", "jax", "onnx"}
+
+
+def run(code: str) -> str:
+    """Return what a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def imported_by(code: str) -> set[str]:
+    """Return the modules that ``code`` adds to those of a fresh interpreter."""
+    text = run(
+        f"import sys, json; before = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    return set(json.loads(text.splitlines()[-1]))
+
+
+def test_importing_the_package_imports_no_framework_and_no_plugin_machinery():
+    modules = imported_by("import dopt_api")
+    assert "dopt_api.errors" in modules
+    assert not modules & {*FRAMEWORKS, "pluggy", "importlib.metadata", "dopt_api.manager"}
+
+
+def test_importing_the_package_runs_no_backend():
+    assert not {name for name in imported_by("import dopt_api; dopt_api.optimize") if name.startswith("dopt_torch")}
+
+
+@pytest.mark.parametrize("code", ["import dopt_api; dopt_api.backends()", "import dopt_api.facade, dopt_api.params"])
+def test_listing_backends_imports_no_framework(code):
+    modules = imported_by(code)
+    assert "dopt_api.quantizer" in modules
+    assert not modules & FRAMEWORKS
+
+
+@pytest.mark.parametrize("module", ["dopt_api", "dopt_api.facade"])
+def test_import_takes_at_most_60_ms_over_numpy(module):
+    """Best of several: what else runs on the machine must not fail the test."""
+    code = f"import time, numpy\nstart = time.perf_counter(); import {module}\nprint(time.perf_counter() - start)"
+    assert min(float(run(code)) for _ in range(5)) <= 0.060
