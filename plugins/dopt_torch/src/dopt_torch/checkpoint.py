@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import inspect
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +19,15 @@ from dopt_api.errors import CheckpointError
 __all__ = ["load_checkpoint", "load_into"]
 
 
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
+
+
+def load_checkpoint(path: Path) -> Mapping[str, Tensor]:
     """Return the state dict in a file that ``torch.save`` wrote.
 
     Args:
-        path: The file. A common prefix ``module.`` (saved from a wrapped model) is removed.
+        path: The file.
 
     Raises:
         CheckpointError: The file is missing, is no checkpoint, holds anything but tensors, or asks to run code.
@@ -38,34 +43,37 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         content = _load(path)
     except Exception as error:  # torch.load raises many kinds, all of which mean that the file is no good
-        first_line = str(error).strip().split("\n")[0]
+        first_line = re.sub(r"\x1b\[\d*m", "", str(error)).strip().split("\n")[0].split(", **do")[0]
         raise CheckpointError(
             f"The checkpoint {str(path)!r} cannot be read: {type(error).__name__}: {first_line}",
             where=where,
             expected="a file written by torch.save(quant_model.state_dict(), path)",
             fix="Save it again. Files that hold more than tensors are refused, since loading them could run code.",
         ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        inner = [key for key, value in content.items() if isinstance(value, Mapping)] if _is_mapping(content) else []
+    if not _is_state(content):
+        inner = [key for key, value in content.items() if _is_state(value)] if isinstance(content, Mapping) else []
         raise CheckpointError(
             f"The checkpoint {str(path)!r} is not a state dict",
             where=where,
             expected="a mapping of names to tensors",
             fix=f"Save only the entry {inner[0]!r} of it." if inner else "torch.save(quant_model.state_dict(), path)",
         )
-    if content and all(key.startswith("module.") for key in content):
-        return {key[len("module.") :]: value for key, value in content.items()}
-    return dict(content)
+    state: Mapping[str, Tensor] = content
+    return state
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load the state of a quantized model, strictly.
+    """Load the state of a quantized model, strictly; one saved from a wrapper of the model will do.
 
     Raises:
         CheckpointError: It was saved from a float model, with another strategy file, or from another model.
     """
     where = str(path.absolute())
-    wanted, present = _quantizers(model.state_dict()), _quantizers(state)
+    own = model.state_dict()
+    for prefix in _WRAPPERS:
+        if state and own.keys().isdisjoint(state) and all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    wanted, present = _quantizers(own), _quantizers(state)
     if wanted and not present:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} is that of a float model",
@@ -98,8 +106,12 @@ def _quantizers(state: Mapping[str, Tensor]) -> set[str]:
     return {key.rpartition("dopt_quantizer.")[0].rstrip(".") for key in state if "dopt_quantizer." in key}
 
 
-def _is_mapping(content: object) -> bool:
-    return isinstance(content, Mapping)
+def _is_state(content: object) -> bool:
+    """Say whether this is a state dict: names to tensors, and what modules put there as extra state."""
+    return isinstance(content, Mapping) and all(
+        isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+        for key, value in content.items()
+    )
 
 
 def _load(path: Path) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dopt_api.errors import CalibrationError, DoptError, ModelError
+from dopt_api.errors import CalibrationError, ConfigError, DoptError, ModelError
 from dopt_api.files import staged
 from dopt_api.params import FloatLayer, QuantizedLayer, QuantParams, fold, layer_params, quantize_layer, render_params
 from dopt_api.quantizer import BatchNorm
 from dopt_api.types import ExportResult, Plan
 from dopt_torch.checkpoint import load_checkpoint, load_into
 from dopt_torch.fake_quantize import positive
-from dopt_torch.find_layers import Structure, evaluating, example_inputs
+from dopt_torch.find_layers import Structure, evaluating, example_inputs, tensors_of
 from dopt_torch.layer_kinds import kind_of
 from dopt_torch.onnx_graph import MARK, GraphEditor, mark_value
 from dopt_torch.optimize import optimize
-from dopt_torch.quantized_layer import norm_factor, original_class, shadowed_weight
+from dopt_torch.quantized_layer import norm_factor, norm_of, original_class, shadowed
 
 __all__ = ["OPSET", "export"]
 
@@ -57,19 +56,24 @@ def export(
     Raises:
         CheckpointError: The checkpoint is missing, unreadable, unsafe, or does not fit.
         CalibrationError: A quantized layer was neither calibrated nor trained.
+        ConfigError: The output names do not fit.
         ModelError: The model does not run on its input shapes, or has an operation without ONNX counterpart.
         OutputError: The folder does not exist or cannot be written.
     """
+    names = _output_names(plan, output_names)
     with staged(output_dir) as aside:
         deployed = optimize(model, plan).cpu()
         load_into(deployed, load_checkpoint(checkpoint), checkpoint)
-        layers = _quantize(deployed, plan)
-        _fold(deployed, layers, plan.model_layers.structure)
-        graph = GraphEditor(_to_onnx(deployed.float(), plan, layers, output_names, dynamic_batch))
+        layers = _layers(deployed, plan)
+        inputs = _float_inputs(deployed, plan)
+        deployed.float()
+        _substitute(deployed, layers, plan, inputs)
+        graph = GraphEditor(_to_onnx(deployed, plan, inputs, names, dynamic_batch))
         params = []
         for index, layer in enumerate(layers):
-            place = graph.settle(index, layer.path, layer.result.weight, layer.result.bias, layer.result.axis)
-            params.append(layer_params(layer.result, **asdict(place)))
+            place = graph.settle(index, layer.path, layer.weight, layer.bias, layer.source.axis)
+            if layer.quantized is not None:
+                params.append(layer_params(layer.quantized, **asdict(place)))
         onnx.save_model(graph.finish(), str(aside / "model.onnx"))
         text = render_params(QuantParams("model.onnx", tuple(params)))
         (aside / "quant_params.json").write_text(text, encoding="utf-8", newline="\n")
@@ -78,13 +82,44 @@ def export(
 
 @dataclass(eq=False)
 class _Layer:
+    """A layer whose weight the export replaces: because it is quantized, or folded, or both."""
+
     path: str
     module: nn.Module
-    result: QuantizedLayer
+    source: FloatLayer
+    quantized: QuantizedLayer | None
+
+    @property
+    def weight(self) -> NDArray[np.float32]:
+        return fold(self.source)[0] if self.quantized is None else self.quantized.weight
+
+    @property
+    def bias(self) -> NDArray[np.float32] | None:
+        return fold(self.source)[1] if self.quantized is None else self.quantized.bias
 
 
-def _quantize(model: nn.Module, plan: Plan) -> list[_Layer]:
-    """Let the core quantize each layer, in execution order.
+def _output_names(plan: Plan, names: Sequence[str] | None) -> list[str] | None:
+    """Return the names of the graph's outputs, or ``None`` where their number is not known.
+
+    Raises:
+        ConfigError: The names asked for are not as many as the outputs, or not unique.
+    """
+    structure: Structure = plan.model_layers.structure
+    count, inputs = structure.outputs, [spec.name for spec in plan.inputs]
+    if names is None:
+        return None if count is None else ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+    if len({*names, *inputs}) != len(names) + len(inputs) or count not in (None, len(names)):
+        raise ConfigError(
+            f"The output names {list(names)} do not fit",
+            where="output_names",
+            expected=f"{'as many as the model has outputs' if count is None else count} different names, "
+            f"none of them that of an input ({', '.join(inputs)})",
+        )
+    return list(names)
+
+
+def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
+    """Let the core quantize each layer, in execution order, and add those that are folded only.
 
     Raises:
         CalibrationError: Layers were neither calibrated nor trained.
@@ -99,15 +134,15 @@ def _quantize(model: nn.Module, plan: Plan) -> list[_Layer]:
             missing.append(name)
             continue
         learned = quantizer.learned_weight_scale(norm_factor(module)) if quantizer.weight_learned else None
-        float_layer = _float_layer(module, model.get_submodule(norm) if (norm := structure.norms.get(path)) else None)
+        source = _float_layer(module, norm_of(module))
         quantized = quantize_layer(
-            float_layer,
+            source,
             layer_plan,
             np.float32(positive(quantizer.input_scale).detach().numpy()),
             int(quantizer.input_zero_point),
             None if learned is None else learned.detach().numpy(),
         )
-        result.append(_Layer(path, module, quantized))
+        result.append(_Layer(path, module, source, quantized))
     if missing:
         more = f" and {len(missing) - 1} other layers were" if len(missing) > 1 else " was"
         raise CalibrationError(
@@ -117,6 +152,11 @@ def _quantize(model: nn.Module, plan: Plan) -> list[_Layer]:
             fix="set_calibrate_state(quant_model, True), run the calibration set through it, "
             "set_calibrate_state(quant_model, False), then save the checkpoint.",
         )
+    done = {layer.path for layer in result}
+    for path, norm_path in structure.norms.items():
+        if path not in done:
+            module = model.get_submodule(path)
+            result.append(_Layer(path, module, _float_layer(module, model.get_submodule(norm_path)), None))
     return result
 
 
@@ -141,51 +181,93 @@ def _float_layer(module: Any, norm: Any) -> FloatLayer:
     )
 
 
-def _array(tensor: Any) -> NDArray[np.floating]:
+def _array(tensor: Tensor) -> NDArray[np.floating]:
     array: NDArray[np.floating] = tensor.detach().cpu().double().numpy()
     return array if tensor.dtype == torch.float64 else array.astype(np.float32)
 
 
-def _fold(model: nn.Module, layers: list[_Layer], structure: Structure) -> None:
-    """Put folded (and for quantized layers, quantized) weights in place; take out the batch normalizations."""
-    done = {layer.path: (layer.result.weight, layer.result.bias) for layer in layers}
-    for path, norm_path in structure.norms.items():
-        if path not in done:
-            done[path] = fold(_float_layer(model.get_submodule(path), model.get_submodule(norm_path)))
-        parent, _, name = norm_path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Identity())
-    for path, (weight, bias) in done.items():
-        module = model.get_submodule(path)
-        module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
-        if bias is not None:
-            module.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
+def _float_inputs(model: nn.Module, plan: Plan) -> tuple[Tensor, ...]:
+    """Return example inputs for the model once it is float32: its own floating type goes with it."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return tuple(t.float() if t.dtype == own else t for t in example_inputs(model, plan.inputs))
+
+
+def _substitute(model: nn.Module, layers: list[_Layer], plan: Plan, inputs: tuple[Tensor, ...]) -> None:
+    """Let the layers compute with folded weights, on their grid, and take out the batch normalizations.
+
+    The weights stand beside the layers' own parameters, which other parts of the model may use.
+
+    Raises:
+        ModelError: Folding changes what the model computes.
+    """
+    structure: Structure = plan.model_layers.structure
+    for layer in layers:
+        if layer.quantized is not None:
+            layer.module.__class__ = original_class(layer.module)
+    wanted = _run(model, inputs) if structure.norms else []
+    for index, layer in enumerate(layers):
+        weight, bias = fold(layer.source)
+        layer.module.__dict__["dopt_index"] = index
+        layer.module.register_parameter("dopt_weight", _fixed(weight))
+        layer.module.register_parameter("dopt_bias", None if bias is None else _fixed(bias))
+        layer.module.__class__ = _substitute_class(type(layer.module))
+    norms = {model.get_submodule(path) for path in structure.norms.values()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in norms:
+                parent._modules[name] = nn.Identity()
+    if structure.norms:
+        _compare(wanted, _run(model, inputs))
+    for layer in layers:
+        if layer.quantized is not None:
+            layer.module.dopt_weight = _fixed(layer.quantized.weight)
+
+
+def _fixed(values: NDArray[np.float32]) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(values), requires_grad=False)
+
+
+def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad(), evaluating(model):
+        return [t.double() for t in tensors_of(model(*inputs)) if t.is_floating_point()]
+
+
+def _compare(wanted: list[Tensor], found: list[Tensor]) -> None:
+    """Check that folding is right for this model: what a run does not show, such as a second use, shows here."""
+    for one, other in zip(wanted, found, strict=True):
+        greatest = float(one.abs().max()) if one.numel() else 0.0
+        change = float((one - other).abs().max()) if one.numel() else 0.0
+        if change > 0.01 * greatest + 1e-6:
+            raise ModelError(
+                f"Folding batch normalization changes what the model computes, by {change:.3g} where the output's "
+                f"greatest magnitude is {greatest:.3g}",
+                expected="layers whose output goes to their batch normalization alone",
+                fix="Look for code that uses a layer's output or weight beside its batch normalization in a way that "
+                "cannot be seen from Python (scripted functions), or that makes the model random in evaluation mode.",
+            )
 
 
 def _to_onnx(
-    model: nn.Module, plan: Plan, layers: list[_Layer], output_names: Sequence[str] | None, dynamic_batch: bool
+    model: nn.Module, plan: Plan, inputs: tuple[Tensor, ...], output_names: list[str] | None, dynamic_batch: bool
 ) -> onnx.ModelProto:
-    """Run torch's TorchScript exporter with the weight of every quantized layer marked by its index."""
-    structure: Structure = plan.model_layers.structure
-    if output_names is None and structure.outputs is not None:
-        count = structure.outputs
-        output_names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
-    inputs = [spec.name for spec in plan.inputs]
+    """Run torch's TorchScript exporter on the model, whose replaced weights are marked."""
+    input_names = [spec.name for spec in plan.inputs]
     options: dict[str, Any] = {}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False
     if dynamic_batch:
-        options["dynamic_axes"] = {name: {0: "batch"} for name in [*inputs, *(output_names or [])]}
+        options["dynamic_axes"] = {name: {0: "batch"} for name in [*input_names, *(output_names or [])]}
     written = io.BytesIO()
     try:
-        with evaluating(model), _marked(layers), warnings.catch_warnings():
+        with evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's remarks on its own deprecation and on tracing
             torch.onnx.export(
                 model,
-                example_inputs(model, plan.inputs),
+                inputs,
                 written,  # type: ignore[arg-type]  # the TorchScript exporter writes to buffers too
                 opset_version=OPSET,
-                input_names=inputs,
-                output_names=None if output_names is None else list(output_names),
+                input_names=input_names,
+                output_names=output_names,
                 **options,
             )
     except DoptError:
@@ -212,24 +294,13 @@ class _Mark(torch.autograd.Function):
         return g.op(MARK, weight, alpha_f=mark_value(index))
 
 
-@contextmanager
-def _marked(layers: list[_Layer]) -> Iterator[None]:
-    """Let the layers compute as float layers, with marked weights, for the time of the block."""
-    classes = [type(layer.module) for layer in layers]
-    try:
-        for index, layer in enumerate(layers):
-            layer.module.__dict__["dopt_index"] = index
-            layer.module.__class__ = _marked_class(original_class(layer.module))
-        yield
-    finally:
-        for layer, kind in zip(layers, classes, strict=True):
-            layer.module.__class__ = kind
-
-
-def _marked_class(original: type[nn.Module]) -> type[nn.Module]:
+def _substitute_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        marked = _Mark.apply(self._parameters["weight"], self.__dict__["dopt_index"])
-        with shadowed_weight(self, marked):
+        weight, bias = self._parameters["dopt_weight"], self._parameters["dopt_bias"]
+        tensors = {"weight": _Mark.apply(weight, self.__dict__["dopt_index"])}
+        if bias is not None:
+            tensors["bias"] = bias
+        with shadowed(self, **tensors):
             return original.forward(self, *args, **kwargs)
 
     return type(original.__name__, (original,), {"forward": forward})

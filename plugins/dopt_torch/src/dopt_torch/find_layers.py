@@ -6,6 +6,7 @@ flow on data is no obstacle, since nothing is traced into a graph: the calls tha
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from dopt_api import config
 from dopt_api.errors import ConfigError, ModelError
 from dopt_api.types import InputSpec, LayerInfo, ModelLayers
 from dopt_torch.layer_kinds import LayerKind, kind_of, layer_name
 
-__all__ = ["Structure", "evaluating", "example_inputs", "find_layers", "refuse_wrapped"]
+__all__ = ["Structure", "evaluating", "example_inputs", "find_layers", "refuse_wrapped", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,15 @@ def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
             fix="Pass input_shape to generate_config_file; it is kept in the strategy file.",
         )
     inputs = config.parse_input_shape(input_shape)
-    record = _Record(model)
     try:
-        record.run(example_inputs(model, inputs))
+        observed = copy.deepcopy(model)  # models keep things between calls; what is kept must not come from this run
+    except Exception:  # noqa: BLE001  # whatever a user's module raises on being copied; optimizing will say so
+        observed = model
+    record = _Record(observed)
+    if observed is not model:
+        record.lend_biases()
+    try:
+        record.run(example_inputs(observed, inputs))
     except Exception as error:  # noqa: BLE001  # a user's model can raise anything; the structure is then unknown
         return _by_definition(model, input_shape, error)
     return record.result()
@@ -96,6 +104,13 @@ def refuse_wrapped(model: nn.Module) -> None:
                 where=where,
                 expected="an nn.Module written in Python",
                 fix="Pass the module that was scripted or traced.",
+            )
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module._parameters.values()):
+            raise ModelError(
+                f"The {kind} has no weights yet",
+                where=where,
+                expected="a model whose layers know their shapes",
+                fix="Run the model once on data before.",
             )
         if "dopt_quantizer" in module._modules or "dopt_plan" in module.__dict__:
             raise ModelError(
@@ -182,6 +197,8 @@ class _Call:
 
     given: Tensor
     made: Any
+    weight: Any
+    bias: Any
     module_input: Tensor | None
 
 
@@ -200,7 +217,10 @@ class _Record:
     uses: Counter[int] = field(default_factory=Counter)
     padded_from: dict[int, Tensor] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
+    lent_bias: set[nn.Module] = field(default_factory=set)
+    ignores_bias: set[nn.Module] = field(default_factory=set)
     outputs: int = 0
+    closed: bool = False
 
     def __post_init__(self) -> None:
         self.paths = {module: path for path, module in self.model.named_modules()}
@@ -211,6 +231,15 @@ class _Record:
             for name, parameter in module._parameters.items()
             if name == "weight" and parameter is not None
         }
+
+    def lend_biases(self) -> None:
+        """Give layers without a bias one of zeros, to see whether their forward would use it."""
+        for module in self.paths:
+            weight, kind = module._parameters.get("weight"), kind_of(module)
+            if kind is not None and weight is not None and module._parameters.get("bias", weight) is None:
+                channels = weight.shape[kind.weight_axis] * (getattr(module, "groups", 1) if kind.weight_axis else 1)
+                module._parameters["bias"] = nn.Parameter(weight.new_zeros(channels), requires_grad=False)
+                self.lent_bias.add(module)
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
         """Run the model on ``inputs`` and record what happens."""
@@ -227,15 +256,21 @@ class _Record:
                 record.see(getattr(func, "__name__", ""), args, kwargs or {}, result)
                 return result
 
-        def enter(module: nn.Module, args: Any) -> None:
+        def watched(value: Any) -> Any:
+            # also what does not come from the model's inputs, such as parameters given to a module, and what code
+            # returns that hides tensors from the watch, such as scripted modules
+            return _map_tensors(value, lambda t: t if isinstance(t, Watched) else t.as_subclass(Watched))
+
+        def enter(module: nn.Module, args: Any) -> Any:
+            args = watched(args)
             self.stack.append(module)
-            self.stack_inputs.append(next(_tensors(args), None))
+            self.stack_inputs.append(next(tensors_of(args), None))
+            return args
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
             self.stack.pop()
             self.stack_inputs.pop()
-            # code that hides tensors from the watch, such as scripted modules, returns plain ones
-            return _map_tensors(output, lambda t: t if isinstance(t, Watched) else t.as_subclass(Watched))
+            return watched(output)
 
         hooks = []
         try:
@@ -245,19 +280,21 @@ class _Record:
                 hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
             with torch.no_grad(), evaluating(self.model):
                 output = self.model(*(tensor.as_subclass(Watched) for tensor in inputs))
+            for tensor in tensors_of(output):
+                self.outputs += 1
+                self.uses[id(tensor)] += 1
         finally:
+            self.closed = True
+            self.alive.clear()
             for hook in hooks:
                 hook.remove()
-        for tensor in _tensors(output):
-            self.outputs += 1
-            self.uses[id(tensor)] += 1
 
     def see(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         """Take note of one function call."""
-        if name in _ASKS and next(_tensors(result), None) is None:
+        if self.closed or (name in _ASKS and next(tensors_of(result), None) is None):
             return
         self.alive.append((args, kwargs, result))  # so that no id is used twice
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_of((args, kwargs)):
             self.uses[id(tensor)] += 1
         module = self.stack[-1] if self.stack else self.model
         given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
@@ -268,11 +305,12 @@ class _Record:
         if name not in _REASONS:
             return
         kind = kind_of(module)
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if kind is not None and name == kind.function:
-            self.see_layer(module, weight, _Call(given, result, self.stack_inputs[-1]))
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            self.see_layer(module, _Call(given, result, weight, bias, self.stack_inputs[-1]))
             return
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_of((args, kwargs)):
             owner = self.owners.get(id(tensor))
             if owner is not None and owner is not module:
                 self.used_elsewhere[owner] = (
@@ -280,15 +318,19 @@ class _Record:
                 )
         self.functions.append(self.function_info(name, module))
 
-    def see_layer(self, module: nn.Module, weight: Any, call: _Call) -> None:
+    def see_layer(self, module: nn.Module, call: _Call) -> None:
         """Take note of a layer's own computation, or of why it cannot be quantized."""
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             self.refused[module] = (
                 "its weight is computed before each use (weight_norm, spectral_norm or a parametrization); "
                 "remove that first, for example with torch.nn.utils.remove_weight_norm"
             )
-        elif weight is not module._parameters["weight"]:
+        elif call.weight is not module._parameters["weight"]:
             self.refused[module] = "its forward computes with something other than its 'weight' itself"
+        elif module in self.lent_bias and call.bias is None:
+            self.ignores_bias.add(module)  # then there is no place for the bias that folding brings
+        elif call.bias is not module._parameters.get("bias"):
+            self.refused[module] = "its forward computes with something other than its 'bias' itself"
         elif not self.same_but_padded(call.given, call.module_input):
             self.refused[module] = "its forward changes the input (more than padding it with zeros) before computing"
         self.calls.setdefault(module, []).append(call)
@@ -320,9 +362,9 @@ class _Record:
             kind = kind_of(module)
             if kind is None:
                 continue
-            reason = self.refused.get(module, "")
-            if module not in self.calls:
-                reason = self.used_elsewhere.get(module, "the run on 'input_shape' did not reach it")
+            reason = self.refused.get(module) or self.used_elsewhere.get(module, "")
+            if module not in self.calls and not reason:
+                reason = "the run on 'input_shape' did not reach it"
             info = _info(self.paths[module], kind, reason)
             (refused if reason else layers).append(info)
         paths = {_info(self.paths[m], k).name: self.paths[m] for m in self.paths if (k := kind_of(m)) is not None}
@@ -332,11 +374,21 @@ class _Record:
             for path in sealed
             if not any(path.startswith(f"{outer}.") for outer in sealed)
         ]
+        norms = self.find_norms()
         return ModelLayers(
             layers=tuple(layers),
             not_quantizable=(*refused, *self.functions, *scripted),
-            structure=Structure(paths, self.find_norms(), self.outputs),
+            notes=self.notes(norms),
+            structure=Structure(paths, norms, self.outputs),
         )
+
+    def notes(self, norms: dict[str, str]) -> tuple[str, ...]:
+        """Name the batch normalizations that stay as they are."""
+        left = [self.paths[norm] for norm in self.norm_calls if self.paths[norm] not in norms.values()]
+        if not left:
+            return ()
+        names = ", ".join(map(repr, left[:10])) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
+        return (f"Batch normalization that is not folded, since no layer alone feeds it: {names}.",)
 
     def find_norms(self) -> dict[str, str]:
         """Pair each layer with the batch normalization that alone uses its output."""
@@ -353,7 +405,10 @@ class _Record:
         own_forward = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         channels_on_axis_1 = kind is not None and (kind.input_axis == 1 or call.made.dim() == 2)
         return (
-            self.uses[id(call.made)] == 1
+            module not in self.refused
+            and module not in self.ignores_bias
+            and module not in self.used_elsewhere
+            and self.uses[id(call.made)] == 1
             and own_forward
             and channels_on_axis_1
             and call.made.dim() == call.given.dim()
@@ -391,16 +446,16 @@ def _pads_zero(args: Any, kwargs: Any) -> bool:
     return mode != "constant" or not value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dictionaries (dataclasses are opaque)."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -55,6 +55,7 @@ class GraphEditor:
         for i, node in enumerate(self.nodes):
             for name in node.input:
                 self.users[name].append(i)
+        self.settled: set[str] = set()
         self.node_names = {node.name for node in self.nodes}
         # names that mean something outside of the nodes' own list, and so stay
         self.fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
@@ -88,19 +89,21 @@ class GraphEditor:
             )
         prefix = f"{path}." if path else ""
         calls, names = [], []
+        bias_tensor = None
         for position, transposed in found:
             node = self.nodes[position]
             both_ways = transposed != found[0][1]  # called as Gemm and as MatMul: two layouts of one weight
             names.append(self._put(f"{prefix}weight{'.transposed' * both_ways}", weight.T if transposed else weight))
             node.input[1] = names[-1]
             if bias is not None:
-                self._set_bias(node, self._put(f"{prefix}bias", bias))
+                bias_tensor = self._put(f"{prefix}bias", bias)
+                self._set_bias(node, bias_tensor, path)
             calls.append((self._name_node(node, path), self._name_input(node, path)))
         return Place(
             calls=tuple(calls),
             weight_tensor=names[0],
             weight_axis=1 - axis if found[0][1] else axis,
-            bias_tensor=None if bias is None else f"{prefix}bias",
+            bias_tensor=bias_tensor,
         )
 
     def finish(self) -> ModelProto:
@@ -120,7 +123,13 @@ class GraphEditor:
             kept = [type(value).FromString(value.SerializeToString()) for value in values]
             del field[:]
             field.extend(kept)
-        onnx.checker.check_model(self.model)
+        try:
+            onnx.checker.check_model(self.model)
+        except onnx.checker.ValidationError as error:
+            raise ModelError(
+                f"The exported graph is not valid ONNX: {' '.join(str(error).split())[:400]}",
+                fix="Try torch.onnx.export on the float model alone; if that works, report this.",
+            ) from error
         return self.model
 
     def _computation(self, mark: int, path: str) -> tuple[int, bool]:
@@ -144,11 +153,18 @@ class GraphEditor:
             fix="Set this layer to 'float' in the strategy file, and report it.",
         )
 
-    def _put(self, name: str, values: Float32) -> str:
+    def _put(self, wanted: str, values: Float32) -> str:
+        """Add an initializer and return its name; what the exporter called so, if anything else uses it, is renamed."""
+        name = _unused(wanted, self.fixed)
+        if name not in self.settled:
+            taken = {*self.fixed, *self.makers, *self.constants}
+            if name in self.makers or name in self.constants:
+                self._rename(name, _unused(f"{name}.float", taken))
+            self.settled.add(name)
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
         return name
 
-    def _set_bias(self, node: NodeProto, name: str) -> None:
+    def _set_bias(self, node: NodeProto, name: str, path: str) -> None:
         if node.op_type != "MatMul":
             del node.input[2:]
             node.input.append(name)
@@ -158,6 +174,13 @@ class GraphEditor:
             for position, value in enumerate(add.input):
                 if add.op_type == "Add" and self._is_constant(value):
                     add.input[position] = name
+                    return
+        raise ModelError(
+            f"The exported graph has no bias for layer {path!r}, which got one from its batch normalization",
+            where=f"module {path!r}",
+            expected="a layer whose forward uses its 'bias'",
+            fix="Let its forward pass self.bias on.",
+        )
 
     def _name_node(self, node: NodeProto, path: str) -> str:
         self.node_names.discard(node.name)
@@ -171,10 +194,20 @@ class GraphEditor:
         if old in self.fixed or old not in self.makers:
             return old
         new = _unused(_scoped(path, "input"), {*self.fixed, *self.makers, *self.constants} - {old})
-        maker = self.makers[new] = self.makers.pop(old)
-        self.users[new] = self.users.pop(old)
+        self._rename(old, new)
         self.fixed.add(new)
-        fields = [self.nodes[maker].output, *(self.nodes[i].input for i in self.users[new])]
+        return new
+
+    def _rename(self, old: str, new: str) -> None:
+        """Give an edge or an initializer another name."""
+        self.users[new] = self.users.pop(old, [])
+        fields = [self.nodes[i].input for i in self.users[new]]
+        if old in self.constants:
+            tensor = self.constants[new] = self.constants.pop(old)
+            tensor.name = new
+        if old in self.makers:
+            maker = self.makers[new] = self.makers.pop(old)
+            fields.append(self.nodes[maker].output)
         for field in fields:
             for position, name in enumerate(field):
                 if name == old:
@@ -182,7 +215,6 @@ class GraphEditor:
         for info in self.model.graph.value_info:
             if info.name == old:
                 info.name = new
-        return new
 
     def _is_constant(self, name: str) -> bool:
         """Say whether an edge is an initializer, or one passed on."""

@@ -52,8 +52,8 @@ def optimize(model: nn.Module, plan: Plan) -> nn.Module:
 def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
     """Switch calibration on or off; under ``torch.distributed``, every rank must switch it off together.
 
-    While it is on, the model is in evaluation mode, so that batch normalization and dropout behave as deployed and no
-    running statistics change; the modules' own modes come back when it is switched off.
+    While it is on, each forward pass of the model runs in evaluation mode, whatever modes its modules have, so that
+    batch normalization and dropout behave as deployed and no running statistics change.
 
     Args:
         model: The quantized model, wrapped (DDP) or not.
@@ -64,18 +64,18 @@ def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
         CalibrationError: On switching off: layers saw no data, or NaN or infinity; the others are calibrated.
     """
     root = _root(model)
-    if calibration_mode == ("dopt_modes" in root.__dict__):
+    if calibration_mode == ("dopt_hooks" in root.__dict__):
         return
     quantizers = [layer.dopt_quantizer for layer in quantized_layers(root)]
     if calibration_mode:
-        root.__dict__["dopt_modes"] = {name: module.training for name, module in root.named_modules()}
-        root.eval()
+        hooks = (root.register_forward_pre_hook(_enter_evaluation), root.register_forward_hook(_leave_evaluation))
+        root.__dict__["dopt_hooks"] = hooks
         for quantizer in quantizers:
             quantizer.start_calibration()
         return
-    modes: dict[str, bool] = root.__dict__.pop("dopt_modes")
-    for name, module in root.named_modules():
-        module.training = modes.get(name, module.training)
+    for hook in root.__dict__.pop("dopt_hooks"):
+        hook.remove()
+    _leave_evaluation(root)  # a pass that failed half way has not
     for quantizer in quantizers:
         quantizer.calibrating = False
     merge_over_ranks(quantizer.statistics for quantizer in quantizers)
@@ -117,6 +117,20 @@ def get_quant_loss(model: nn.Module) -> Tensor:
         return torch.stack(errors).mean()
     first = next(root.parameters(), torch.zeros(()))
     return torch.zeros((), device=first.device)
+
+
+def _enter_evaluation(root: nn.Module, *_: object) -> None:
+    """Put every module in evaluation mode and remember its own mode."""
+    root.__dict__.setdefault("dopt_modes", {name: module.training for name, module in root.named_modules()})
+    for module in root.modules():
+        module.training = False
+
+
+def _leave_evaluation(root: nn.Module, *_: object) -> None:
+    """Give the modules their own modes back."""
+    modes: dict[str, bool] = root.__dict__.pop("dopt_modes", {})
+    for name, module in root.named_modules():
+        module.training = modes.get(name, module.training)
 
 
 def _root(model: nn.Module) -> nn.Module:

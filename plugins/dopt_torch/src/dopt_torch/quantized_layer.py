@@ -6,6 +6,8 @@ then sees a fake-quantized input and, for the time of the call, a fake-quantized
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dopt_api.errors import CalibrationError, ModelError
+from dopt_api.errors import CalibrationError
 from dopt_api.types import LayerPlan
 from dopt_torch.layer_kinds import LayerKind
 from dopt_torch.quantizer import LayerQuantizer
@@ -26,7 +29,7 @@ __all__ = [
     "original_class",
     "quantize_in_place",
     "quantized_layers",
-    "shadowed_weight",
+    "shadowed",
 ]
 
 
@@ -45,28 +48,29 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer's own ``forward``: observed, quantized, or as it is."""
         quantizer = self.dopt_quantizer
-        x: Tensor = args[0] if args else kwargs["input"]
+        name = _input_name(original_class(self))  # type: ignore[arg-type]  # mypy doubts that types are hashable
+        x: Tensor = args[0] if args else kwargs[name]
         if quantizer.calibrating:
             self._refuse_replica()
             quantizer.observe(x)
             return super().forward(*args, **kwargs)
-        if not quantizer.prepare(x, self.training):
+        if not quantizer.prepare(x):
             return super().forward(*args, **kwargs)
         quantized = quantizer.quantize_input(x)
         if args:
             args = (quantized, *args[1:])
         else:
-            kwargs["input"] = quantized
-        weight = self._parameters["weight"]
-        if weight is None:
-            raise ModelError(f"Layer {quantizer.plan.name!r} has lost its weight")
-        with shadowed_weight(self, quantizer.quantize_weight(weight, norm_factor(self))):
-            return super().forward(*args, **kwargs)
+            kwargs[name] = quantized
+        with self.__dict__["dopt_lock"]:  # threads that run one model take turns in a layer
+            weight: Any = self.weight
+            with shadowed(self, weight=quantizer.quantize_weight(weight, norm_factor(self))):
+                return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Name the original class, since this one is made at run time."""
-        reduced = super().__reduce_ex__(protocol)
-        return (_new, (original_class(self),), *reduced[2:])
+        reduced: Any = super().__reduce_ex__(protocol)
+        state = {key: value for key, value in reduced[2].items() if key != "dopt_lock"}
+        return (_new, (original_class(self),), state, *reduced[3:])
 
     def _refuse_replica(self) -> None:
         if getattr(self, "_is_replica", False):
@@ -81,7 +85,7 @@ def quantize_in_place(layer: nn.Module, plan: LayerPlan, kind: LayerKind, norm: 
     """Make ``layer`` a quantized layer."""
     weight: Any = layer.weight
     layer.dopt_quantizer = LayerQuantizer(plan, kind, weight).train(layer.training)
-    layer.__dict__["dopt_norm"] = norm
+    layer.__dict__.update(dopt_norm=norm, dopt_lock=threading.RLock())
     layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]  # mypy doubts that types are hashable
 
 
@@ -98,7 +102,8 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
 def norm_of(layer: nn.Module) -> nn.Module | None:
     """Return the batch normalization that is folded into a quantized layer, or ``None``."""
     place = layer.__dict__["dopt_norm"]
-    return None if place is None else place[0]._modules[place[1]]
+    norm = None if place is None else place[0]._modules.get(place[1])
+    return norm if isinstance(norm, _BatchNorm) else None  # a user may have fused it into the layer meanwhile
 
 
 def norm_factor(layer: nn.Module) -> Tensor | None:
@@ -113,13 +118,16 @@ def norm_factor(layer: nn.Module) -> Tensor | None:
 
 
 @contextmanager
-def shadowed_weight(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Let ``layer.weight`` be another tensor for the time of the block; the parameter is untouched."""
-    layer.__dict__["weight"] = weight
+def shadowed(layer: nn.Module, **tensors: Tensor) -> Iterator[None]:
+    """Let attributes such as ``layer.weight`` be other tensors for the time of the block; parameters are untouched."""
+    before = {name: layer.__dict__[name] for name in tensors if name in layer.__dict__}
+    layer.__dict__.update(tensors)
     try:
         yield
     finally:
-        del layer.__dict__["weight"]
+        for name in tensors:
+            del layer.__dict__[name]
+        layer.__dict__.update(before)
 
 
 @cache
@@ -127,6 +135,14 @@ def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{original.__name__}", (QuantizedLayer, original), {"__module__": original.__module__})
 
 
+@cache
+def _input_name(original: type[nn.Module]) -> str:
+    """Return what a layer's ``forward`` calls its input."""
+    return list(inspect.signature(original.forward).parameters)[1]
+
+
 def _new(original: type[nn.Module]) -> nn.Module:
     made = _quantized_class(original)  # type: ignore[arg-type]  # see above
-    return made.__new__(made)
+    layer = made.__new__(made)
+    layer.__dict__["dopt_lock"] = threading.RLock()
+    return layer

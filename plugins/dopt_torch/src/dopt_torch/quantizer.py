@@ -63,8 +63,8 @@ class LayerQuantizer(nn.Module):
         self.statistics = DeviceStatistics.empty(device)
         self.calibrating = False
         self.probed: Tensor | None = None
-        self._zero_point: int | None = None
-        self._ready = self._learned = self._warned = False
+        self._warned = False
+        self._host: dict[str, tuple[object, int]] = {}
 
     def extra_repr(self) -> str:
         """Show strategy and state."""
@@ -73,19 +73,23 @@ class LayerQuantizer(nn.Module):
 
     # ---- deciding the scales
 
+    @property
+    def learning(self) -> bool:
+        """Whether a forward pass now is one of training: then scales are initialised and follow."""
+        return self.training and torch.is_grad_enabled()
+
     def is_ready(self) -> bool:
         """Whether the input's scale is decided; a pending calibration (as from a checkpoint) is concluded."""
-        if not self._ready:  # once true it stays, so that a device is asked only until then
-            if not self.ready and not self.calibrating and self.statistics.seen:
-                self.conclude()
-            self._ready = bool(self.ready)
-        return self._ready
+        if not self._on_host("ready") and not self.calibrating and self.statistics.seen:
+            self.conclude()
+        return bool(self._on_host("ready"))
 
     def start_calibration(self) -> None:
         """Forget earlier statistics and collect from now on."""
         self.statistics = DeviceStatistics.empty(self.input_scale.device)
         self.ready.zero_()
-        self._forget()
+        self.probed = None
+        self._warned = False
         self.calibrating = True
 
     def conclude(self) -> None:
@@ -104,21 +108,22 @@ class LayerQuantizer(nn.Module):
             self.input_scale.fill_(float(scale))
             self.input_zero_point.fill_(zero_point)
             self.ready.fill_(1)
-        self._forget()
 
     def observe(self, x: Tensor) -> None:
         """Take a batch of inputs into the statistics."""
         with torch.no_grad():
             self.statistics.update(samples_first(x.detach(), self.kind), self.kind.input_axis)
 
-    def prepare(self, x: Tensor, training: bool) -> bool:
+    def prepare(self, x: Tensor) -> bool:
         """Make sure that the scale is decided, from this very batch in training; say whether it is."""
         if self.is_ready():
             return True
-        if training:
+        if self.learning:
             self.statistics = DeviceStatistics.empty(x.device)
             self.observe(x)
             merge_over_ranks([self.statistics])
+            if not self.statistics.seen:
+                return False  # an empty batch says nothing
             self.conclude()
             return True
         if not self._warned:
@@ -182,10 +187,8 @@ class LayerQuantizer(nn.Module):
 
     def _bounds(self) -> tuple[int, int]:
         """Return the ends of the input's grid, less its zero point."""
-        if self._zero_point is None:
-            self._zero_point = int(self.input_zero_point)
-        grid = self.plan.strategy.activation
-        return grid.qmin - self._zero_point, grid.qmax - self._zero_point
+        grid, zero_point = self.plan.strategy.activation, self._on_host("input_zero_point")
+        return grid.qmin - zero_point, grid.qmax - zero_point
 
     def learned_weight_scale(self, factor: Tensor | None) -> Tensor:
         """Return the learned scales of the folded weight, ``[C]``.
@@ -201,28 +204,29 @@ class LayerQuantizer(nn.Module):
         return _one_for_zero(factor).abs().view(-1, self.weight_scale.numel()).amax(0)
 
     def _current_weight_scale(self, folded: Tensor, factor: Tensor | None) -> Tensor:
-        if not self._learned:
-            self._learned = bool(self.weight_learned)
-        if not self._learned:
+        if not self._on_host("weight_learned"):
             derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
-            if not self.training:
+            if not self.learning:
                 return derived
             with torch.no_grad():
                 self.weight_scale.copy_(derived if factor is None else derived / self._stretch(factor))
                 self.weight_learned.fill_(1)
-            self._learned = True
         return self.learned_weight_scale(factor)
 
     # ---- being a module
 
-    def _forget(self) -> None:
-        """Forget what is cached on the host of the buffers' values."""
-        self._ready = self._learned = self._warned = False
-        self._zero_point = self.probed = None
+    def _on_host(self, name: str) -> int:
+        """Return the value of a one-element buffer; the device is asked only when the buffer has been written."""
+        buffer: Tensor = self._buffers[name]  # type: ignore[assignment]  # these buffers are never None
+        stamp = (id(buffer), buffer._version)
+        found = self._host.get(name)
+        if found is None or found[0] != stamp:
+            found = self._host[name] = (stamp, int(buffer))
+        return found[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the probed inputs, which belong to one pass and cannot be copied."""
-        return {**self.__dict__, "probed": None}
+        """Leave out the probed inputs, which belong to one pass and cannot be copied, and what is cached."""
+        return {**self.__dict__, "probed": None, "_host": {}}
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> LayerQuantizer:
         """Move, but never cast."""
@@ -233,30 +237,31 @@ class LayerQuantizer(nn.Module):
 
         super()._apply(move, *args, **kwargs)
         self.statistics.map(move)
+        self._host.clear()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.statistics.seen:
-            for name, part in self.statistics.parts.items():
-                destination[f"{prefix}statistics.{name}"] = part
+        for name, part in self.statistics.parts.items():
+            destination[f"{prefix}statistics.{name}"] = part
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load what is there; a float checkpoint has nothing for a quantizer, and that is no error."""
+        """Load what is there; a float checkpoint has nothing for a quantizer, and that is no error.
+
+        The scales of the weight are then derived from the weight that is loaded.
+        """
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not own:
+            self.weight_learned.zero_()
             return
         inner = f"{prefix}statistics."
         parts = {key[len(inner) :]: value for key, value in own.items() if key.startswith(inner)}
         super()._load_from_state_dict(
             {key: value for key, value in own.items() if not key.startswith(inner)}, prefix, *args
         )
-        device = self.input_scale.device
-        self.statistics = DeviceStatistics.empty(device)
-        if parts:
-            loaded = DeviceStatistics(parts).to_core()
-            self.statistics = DeviceStatistics.from_core(loaded, device)
-        self._forget()
+        loaded = DeviceStatistics(parts).to_core()
+        self.statistics = DeviceStatistics.from_core(loaded, self.input_scale.device)
+        self.probed = None
 
 
 def _one_for_zero(factor: Tensor) -> Tensor:

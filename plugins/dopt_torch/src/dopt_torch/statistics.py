@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dopt_api.errors import CalibrationError
 from dopt_api.quantizer import Statistics, lattice
 from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT
 from dopt_torch.blocks import BLOCK
@@ -97,8 +98,8 @@ class DeviceStatistics:
         self.parts = {
             "samples": own["samples"] + count,
             "non_finite": own["non_finite"] + (x.shape[0] - count),
-            "minimum": torch.minimum(own["minimum"], torch.where(finite, low, inf).amin()),
-            "maximum": torch.maximum(own["maximum"], torch.where(finite, high, -inf).amax()),
+            "minimum": torch.minimum(own["minimum"], torch.where(finite, low, inf).amin()) + 0.0,  # -0.0 becomes 0.0
+            "maximum": torch.maximum(own["maximum"], torch.where(finite, high, -inf).amax()) + 0.0,
             "sums": own["sums"] + _limbs(kept),
             "exponent": exponent,
             "counts": _coarsen(own["counts"], exponent - own["exponent"])
@@ -123,7 +124,15 @@ def merge_over_ranks(statistics: Iterable[DeviceStatistics]) -> None:
             shifts = stacked["exponent"] - own_exponents
             aligned = [_coarsen(row, shift) for row, shift in zip(stacked[name], shifts, strict=True)]
             stacked[name] = torch.stack(aligned)
-        dist.all_reduce(stacked[name], op=operations[how])
+        try:
+            dist.all_reduce(stacked[name], op=operations[how])
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"The ranks' statistics cannot be merged: {error}",
+                where=f"rank {dist.get_rank()} of {dist.get_world_size()}",
+                expected="every rank switching calibration off, or training its first batch, at the same time",
+                fix="Call set_calibrate_state(quant_model, False) on every rank.",
+            ) from error
     for i, own in enumerate(all_statistics):
         own.parts = {name: stacked[name][i].to(part.device) for name, part in own.parts.items()}
 
