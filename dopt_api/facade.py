@@ -91,7 +91,10 @@ def set_calibrate_state(model: Any, calibration_mode: bool, *, backend: str | No
 
     Raises:
         CalibrationError: On switching off: a layer saw no data, or saw NaN or infinity.
+        ModelError: The model is not a quantized one, or the mode is neither ``True`` nor ``False``.
     """
+    if calibration_mode not in (True, False):
+        raise ModelError(f"The calibration mode is {calibration_mode!r}", expected="True or False")
     manager.select(model, backend).set_calibrate_state(model, bool(calibration_mode))
 
 
@@ -101,6 +104,9 @@ def get_quant_loss(model: Any, *, backend: str | None = None) -> Any:
     Args:
         model: What :func:`optimize` returned.
         backend: The backend's name; by default the one of the model's type.
+
+    Raises:
+        ModelError: The model is not a quantized one.
     """
     return manager.select(model, backend).get_quant_loss(model)
 

@@ -70,18 +70,13 @@ class DeviceStatistics:
         """Take in a batch ``[N, ...]``, samples first, as the core does, to the bit."""
         if x.numel() == 0:
             return
+        if x.dim() == 1:
+            x, channel_axis = x.unsqueeze(1), 1
         own = self.parts
         if own["counts"].device != x.device:
             self.map(lambda part: part.to(x.device))
             own = self.parts
-        inner = list(range(1, x.dim()))
-        # a few samples at a time, so that the second pass finds them in the cache
-        step = max(1, BLOCK * x.shape[0] // x.numel()) if x.device.type == "cpu" else x.shape[0]
-        extremes = torch.empty(2, x.shape[0], dtype=x.dtype, device=x.device)
-        for sample, low, high in zip(x.split(step), extremes[0].split(step), extremes[1].split(step), strict=True):
-            torch.amin(sample, inner, out=low)
-            torch.amax(sample, inner, out=high)
-        extremes = extremes.float()
+        extremes, probed = _scan(x, channel_axis)
         low, high = extremes
         finite = torch.isfinite(extremes).all(0)
         count = finite.sum()
@@ -91,10 +86,9 @@ class DeviceStatistics:
         exponent = torch.frexp(peak.clamp_min(2.0 ** (LOWEST_EXPONENT - 1))).exponent.to(torch.int64)
         exponent = torch.maximum(exponent, own["exponent"])
         # samples that are left out get bin -1, which is cut off
-        probed = x[lattice(tuple(x.shape), channel_axis)].float()
         bins = (probed * torch.exp2((11 - exponent).float())).to(torch.int64)
         bins = bins.clamp_(1 - HALF_BINS, HALF_BINS - 1).add_(HALF_BINS)
-        bins = torch.where(finite.view(-1, *(1,) * (x.dim() - 1)), bins, torch.zeros_like(bins))
+        bins = torch.where(finite.unsqueeze(1), bins, torch.zeros_like(bins))
         self.parts = {
             "samples": own["samples"] + count,
             "non_finite": own["non_finite"] + (x.shape[0] - count),
@@ -135,6 +129,28 @@ def merge_over_ranks(statistics: Iterable[DeviceStatistics]) -> None:
             ) from error
     for i, own in enumerate(all_statistics):
         own.parts = {name: stacked[name][i].to(part.device) for name, part in own.parts.items()}
+
+
+def _scan(x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
+    """Return the extremes ``[2, N]`` and the probed elements ``[N, K]`` of the samples, float32.
+
+    On a CPU this goes block by block (a few samples, or a few channels of large ones), so that each block comes from
+    memory once for the three looks at it.
+    """
+    rows, index = x, lattice(tuple(x.shape), channel_axis)
+    if x.dim() > 2 and channel_axis == 1 and x.is_contiguous() and x[0].numel() > BLOCK:
+        rows, index = x.flatten(0, 1), index[1:]
+    step = max(1, BLOCK // rows[0].numel()) if x.device.type == "cpu" else len(rows)
+    inner = list(range(1, rows.dim()))
+    extremes = torch.empty(2, len(rows), dtype=x.dtype, device=x.device)
+    probed = []
+    for block, low, high in zip(rows.split(step), extremes[0].split(step), extremes[1].split(step), strict=True):
+        torch.amin(block, inner, out=low)
+        torch.amax(block, inner, out=high)
+        probed.append(block[index].contiguous())
+    samples = extremes.view(2, x.shape[0], -1)
+    extremes = torch.stack([samples[0].amin(1), samples[1].amax(1)])
+    return extremes.float(), torch.cat(probed).reshape(x.shape[0], -1).float()
 
 
 def _coarsen(counts: Tensor, shift: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""EfficientNet-Lite0 with its real ImageNet weights: from strategy file to deployable model."""
