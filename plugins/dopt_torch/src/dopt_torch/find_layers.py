@@ -69,7 +69,8 @@ def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
     if observed is not model:
         record.lend_biases()
     try:
-        record.run(example_inputs(observed, inputs))
+        with _random_state_kept(observed):
+            record.run(example_inputs(observed, inputs))
     except Exception as error:  # noqa: BLE001  # a user's model can raise anything; the structure is then unknown
         return _by_definition(model, input_shape, error)
     return record.result()
@@ -150,6 +151,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Let the model draw random numbers in the block without a trace."""
+    gpus = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(gpus)):
+        yield
 
 
 # How functions are called that multiply tensors, and why they stay float.
@@ -235,7 +244,8 @@ class _Record:
     def lend_biases(self) -> None:
         """Give layers without a bias one of zeros, to see whether their forward would use it."""
         for module in self.paths:
-            weight, kind = module._parameters.get("weight"), kind_of(module)
+            kind = kind_of(module)
+            weight = None if kind is None else module._parameters.get("weight")
             if kind is not None and weight is not None and module._parameters.get("bias", weight) is None:
                 channels = weight.shape[kind.weight_axis] * (getattr(module, "groups", 1) if kind.weight_axis else 1)
                 module._parameters["bias"] = nn.Parameter(weight.new_zeros(channels), requires_grad=False)
@@ -278,7 +288,8 @@ class _Record:
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # it takes no hooks
                 hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-            with torch.no_grad(), evaluating(self.model):
+            devices = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+            with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(list(devices)):
                 output = self.model(*(tensor.as_subclass(Watched) for tensor in inputs))
             for tensor in tensors_of(output):
                 self.outputs += 1
@@ -403,7 +414,7 @@ class _Record:
         call = self.calls[module][0]
         kind = kind_of(module)
         own_forward = type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        channels_on_axis_1 = kind is not None and (kind.input_axis == 1 or call.made.dim() == 2)
+        channels_on_axis_1 = kind is not None and call.made.dim() == (kind.input_dims or 2)
         return (
             module not in self.refused
             and module not in self.ignores_bias
