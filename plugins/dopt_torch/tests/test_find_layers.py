@@ -320,9 +320,7 @@ class TestWhatStaysFloat:
     @pytest.mark.parametrize("kind", RECURRENT)
     def test_recurrent_layers(self, kind):
         layer = RECURRENT[kind]()
-        found = find_layers(
-            Model(lambda s, x: s.rnn(x), rnn=layer), "x:2,4" if kind.endswith("Cell") else "x:3,2,4"
-        )
+        found = find_layers(Model(lambda s, x: s.rnn(x), rnn=layer), "x:2,4" if kind.endswith("Cell") else "x:3,2,4")
         assert refused(found) == {f"rnn/{kind}": "recurrent layers are not quantized in this version"}
         assert found.not_quantizable[0].op_type == str(type(layer))
         assert not found.notes
@@ -467,7 +465,9 @@ class TestTheModelIsLeftAlone:
         assert bool(found.notes) == raises
         assert {name: module.training for name, module in model.named_modules()} == modes
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        assert all(parameters[name] is value and type(value) is nn.Parameter for name, value in model.named_parameters())
+        assert all(
+            parameters[name] is value and type(value) is nn.Parameter for name, value in model.named_parameters()
+        )
         assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
         for module in model.modules():
             assert not module._forward_hooks

@@ -301,7 +301,8 @@ class TestWeights:
         rng = np.random.default_rng(seed)
         weight, dy = rng.normal(size=(2, 4, 3, 2, 2)).astype(F32)[:, :, :, 0]
         channels = weight.shape[axis]
-        scale = rng.uniform(0.005, 0.02, channels).astype(F32)  # some of the weights are clipped
+        scale = rng.uniform(0.005, 0.02, channels).astype(F32)
+        weight.flat[:2] = 100.0, 0.001  # one is clipped, one is not, whatever the others are
         folding = rng.choice([-1.0, 1.0], channels).astype(F32) * rng.uniform(0.5, 2, channels).astype(F32)
         factor = core.scale_gradient_factor(12, SYMMETRIC)
         leaf, step = torch.tensor(weight, requires_grad=True), torch.tensor(scale, requires_grad=True)
