@@ -16,11 +16,18 @@ from dopt_api.quantizer.folding import BatchNorm, fold_batch_norm
 from dopt_api.quantizer.grid import Grid
 from dopt_api.quantizer.ranges import DEFAULT_RANGE, RANGE_METHODS, activation_parameters
 from dopt_api.quantizer.statistics import Statistics, lattice
-from dopt_api.quantizer.training import fake_quantize_gradients, relative_squared_error, scale_gradient_factor
+from dopt_api.quantizer.training import (
+    SCALE_GRADIENT_LIMIT,
+    fake_quantize_gradients,
+    limit_scale_gradient,
+    relative_squared_error,
+    scale_gradient_factor,
+)
 
 __all__ = [
     "DEFAULT_RANGE",
     "RANGE_METHODS",
+    "SCALE_GRADIENT_LIMIT",
     "SMALLEST_SCALE",
     "BatchNorm",
     "Grid",
@@ -32,6 +39,7 @@ __all__ = [
     "fake_quantize_gradients",
     "fold_batch_norm",
     "lattice",
+    "limit_scale_gradient",
     "quantize",
     "relative_squared_error",
     "scale_gradient_factor",

@@ -7,8 +7,8 @@ https://arxiv.org/abs/1902.08153, equations 3 to 5): with :math:`v = x / s`, :ma
 
 .. math:: \partial \hat x / \partial x = m, \qquad \partial \hat x / \partial s = r - m v
 
-and the gradient of the scale is multiplied by :math:`1 / \sqrt{n\, q_{max}}`, with :math:`n` the number of values of
-one sample (or of one weight channel) that share the scale. ``m`` is 1 for
+and the gradient of the scale is multiplied by :math:`1 / \sqrt{n\, q_{max}}`, with :math:`n` the number of values in
+the batch (or in one weight channel) that share the scale, and limited to a tenth of the scale. ``m`` is 1 for
 ``qmin - zero_point - 0.5 <= v <= qmax - zero_point + 0.5``, compared in float32.
 """
 
@@ -22,17 +22,41 @@ from numpy.typing import ArrayLike, NDArray
 from dopt_api.quantizer.affine import broadcast, fake_quantize
 from dopt_api.quantizer.grid import Grid
 
-__all__ = ["fake_quantize_gradients", "relative_squared_error", "scale_gradient_factor"]
+__all__ = [
+    "SCALE_GRADIENT_LIMIT",
+    "fake_quantize_gradients",
+    "limit_scale_gradient",
+    "relative_squared_error",
+    "scale_gradient_factor",
+]
+
+SCALE_GRADIENT_LIMIT = 0.1
+"""The greatest magnitude of a scale's gradient, in multiples of the scale."""
 
 
 def scale_gradient_factor(n: int, grid: Grid) -> float:
     r"""Return LSQ's factor for the gradient of a scale, :math:`1 / \sqrt{n\, q_{max}}`.
 
     Args:
-        n: Number of values of one sample, or of one weight channel, that share the scale.
+        n: Number of values in the batch, or in one weight channel, that share the scale.
         grid: The integer grid.
     """
     return 1.0 / sqrt(max(n, 1) * grid.qmax)
+
+
+def limit_scale_gradient(gradient: ArrayLike, scale: ArrayLike) -> NDArray[np.float64]:
+    """Return a scale's gradient, limited to :data:`SCALE_GRADIENT_LIMIT` times the scale.
+
+    Where a range is far too small for its data, as after calibration with other running statistics than those of
+    training, clipped values make the gradient so large that one step would carry the scale through zero, from where
+    it does not come back. In ordinary training the limit is out of reach.
+
+    Example:
+        >>> limit_scale_gradient([3.0, -0.001], [0.5, 0.5]).tolist()
+        [0.05, -0.001]
+    """
+    limit = np.asarray(scale, np.float64) * SCALE_GRADIENT_LIMIT
+    return np.asarray(np.clip(np.asarray(gradient, np.float64), -limit, limit))
 
 
 def fake_quantize_gradients(

@@ -74,7 +74,7 @@ def usable(label, option):
     if label.startswith("ConvTranspose"):
         return "padding_mode" not in OPTIONS[option] and not isinstance(OPTIONS[option].get("padding"), str)
     reflects = OPTIONS[option].get("padding_mode") == "reflect"
-    missing = reflects and label == "Conv3D" and torch.__version__ < "1.13"  # torch did not have it
+    missing = reflects and label == "Conv3D" and str(torch.__version__) < "1.13"  # torch did not have it
     return option != "output padding" and not missing
 
 

@@ -409,14 +409,18 @@ class TestInputsOfLayers:
             found = quantizer.quantize_input(x)
         equal(found, core.fake_quantize(x.numpy(), F32(0.05), 100, Grid(8)))
 
-    def test_the_scale_s_gradient_has_the_factor_of_one_sample(self):
+    def test_the_scale_s_gradient_has_the_factor_of_the_batch_and_is_limited(self):
         quantizer = layer_quantizer(nn.Linear(6, 2))
-        x, dy = torch.randn(4, 6) * 10, torch.randn(4, 6)
-        quantizer.quantize_input(x).backward(dy)
         grid = STRATEGIES["Quant_INT8-8"].activation
-        factor = core.scale_gradient_factor(6, grid)
-        _, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), F32(0.05), 100, grid, factor=factor)
-        assert float(quantizer.input_scale.grad) == pytest.approx(float(wanted), rel=1e-4)
+        factor = core.scale_gradient_factor(24, grid)
+        for size in (1e-4, 10.0):
+            x, dy = torch.randn(4, 6) * 10, torch.randn(4, 6) * size
+            quantizer.input_scale.grad = None
+            quantizer.quantize_input(x).backward(dy)
+            _, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), F32(0.05), 100, grid, factor=factor)
+            limited = core.limit_scale_gradient(wanted, 0.05)
+            assert (limited != wanted) == (size > 1)
+            assert float(quantizer.input_scale.grad) == pytest.approx(float(limited), rel=1e-3)
 
     @given(data(st.floats(-100, 100, width=32), max_dims=2))
     def test_linear_inputs_of_one_and_two_dimensions(self, array):

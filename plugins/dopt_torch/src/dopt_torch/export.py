@@ -61,12 +61,12 @@ def export(
         OutputError: The folder does not exist or cannot be written.
     """
     names = _output_names(plan, output_names)
-    with staged(output_dir) as aside:
+    with torch.inference_mode(False), staged(output_dir) as aside:
         deployed = optimize(model, plan).cpu()
         load_into(deployed, load_checkpoint(checkpoint), checkpoint)
         layers = _layers(deployed, plan)
         inputs = _float_inputs(deployed, plan)
-        deployed.float()
+        _spell_out_padding(deployed.float())
         _substitute(deployed, layers, plan, inputs)
         graph = GraphEditor(_to_onnx(deployed, plan, inputs, names, dynamic_batch))
         params = []
@@ -221,6 +221,19 @@ def _substitute(model: nn.Module, layers: list[_Layer], plan: Plan, inputs: tupl
     for layer in layers:
         if layer.quantized is not None:
             layer.module.dopt_weight = _fixed(layer.quantized.weight)
+
+
+def _spell_out_padding(model: nn.Module) -> None:
+    """Give the paddings ``"same"`` and ``"valid"`` as numbers: torch 1.11 cannot export the words."""
+    for layer in model.modules():
+        if kind_of(layer) is None or not isinstance(getattr(layer, "padding", None), str):
+            continue
+        pads: Any = layer._reversed_padding_repeated_twice  # before and after, the last dimension first
+        before, after = tuple(pads[0::2][::-1]), tuple(pads[1::2][::-1])
+        if before == after:
+            layer.padding = before  # type: ignore[assignment]  # a convolution's, which mypy does not know
+        elif layer.padding_mode == "zeros":
+            layer.padding_mode = "constant"  # type: ignore[assignment]  # likewise: then its forward pads first
 
 
 def _fixed(values: NDArray[np.float32]) -> nn.Parameter:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dopt_api.quantizer import SMALLEST_SCALE, Grid
+from dopt_api.quantizer import SCALE_GRADIENT_LIMIT, SMALLEST_SCALE, Grid
 from dopt_torch.blocks import blocks, dense
 from dopt_torch.layer_kinds import on_weight
 
@@ -30,8 +30,15 @@ __all__ = [
 
 
 def positive(scale: Tensor) -> Tensor:
-    """Return the scale that is used for a learned one: never below the smallest normal float32."""
-    return scale.clamp_min(SMALLEST_SCALE)
+    """Return the scale that is used for a learned one: never below the smallest normal float32.
+
+    Its gradient is limited as in :func:`dopt_api.quantizer.limit_scale_gradient`.
+    """
+    used = scale.clamp_min(SMALLEST_SCALE)
+    if used.requires_grad:
+        limit = used.detach() * SCALE_GRADIENT_LIMIT
+        used.register_hook(lambda g: None if g is None else torch.minimum(torch.maximum(g, -limit), limit))
+    return used
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

@@ -69,8 +69,7 @@ def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
     if observed is not model:
         record.lend_biases()
     try:
-        with _random_state_kept(observed):
-            record.run(example_inputs(observed, inputs))
+        record.run(example_inputs(observed, inputs))
     except Exception as error:  # noqa: BLE001  # a user's model can raise anything; the structure is then unknown
         return _by_definition(model, input_shape, error)
     return record.result()
@@ -151,14 +150,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Let the model draw random numbers in the block without a trace."""
-    gpus = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(gpus)):
-        yield
 
 
 # How functions are called that multiply tensors, and why they stay float.

@@ -28,6 +28,11 @@ def optimize(model: nn.Module, plan: Plan) -> nn.Module:
         ModelError: The model is wrapped or already quantized, or cannot be copied.
     """
     refuse_wrapped(model)
+    with torch.inference_mode(False):  # what is made in inference mode cannot be calibrated or trained outside of it
+        return _quantized_copy(model, plan)
+
+
+def _quantized_copy(model: nn.Module, plan: Plan) -> nn.Module:
     structure: Structure = plan.model_layers.structure
     try:
         quantized = copy.deepcopy(model)

@@ -68,7 +68,8 @@ class LayerQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Show strategy and state."""
-        state = "calibrating" if self.calibrating else "ready" if self.ready else "not calibrated"
+        ready = not self.ready.is_meta and bool(self.ready)
+        state = "calibrating" if self.calibrating else "ready" if ready else "not calibrated"
         return f"{self.plan.name!r}, {self.plan.strategy.name}, {state}"
 
     # ---- deciding the scales
@@ -146,7 +147,7 @@ class LayerQuantizer(nn.Module):
             self.probed = None
             return fake_quantize(data, scale, low, high).to(x.dtype)
         batch = samples_first(data, self.kind)
-        factor = scale_gradient_factor(batch[0].numel() if len(batch) else 1, grid)
+        factor = scale_gradient_factor(batch.numel(), grid)
         probe = lattice(tuple(batch.shape), self.kind.input_axis)
         result, probed = LearnedScale.apply(batch, scale, low, high, factor, probe)
         self.probed = probed if self.training else None
@@ -218,6 +219,8 @@ class LayerQuantizer(nn.Module):
     def _on_host(self, name: str) -> int:
         """Return the value of a one-element buffer; the device is asked only when the buffer has been written."""
         buffer: Tensor = self._buffers[name]  # type: ignore[assignment]  # these buffers are never None
+        if buffer.is_inference():
+            return int(buffer)  # writes to it are not counted
         stamp = (id(buffer), buffer._version)
         found = self._host.get(name)
         if found is None or found[0] != stamp:
