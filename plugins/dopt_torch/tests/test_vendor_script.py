@@ -67,7 +67,7 @@ RETRAIN = (
     MODEL
     + """
 quant_model = optimize_model(build(), "config_gen.json")
-optimizer = torch.optim.SGD(quant_model.parameters(), lr=0.1, momentum=0.9)
+optimizer = torch.optim.SGD(quant_model.parameters(), lr=0.02, momentum=0.9)
 losses = []
 for x, y in data(60):
     loss = nn.functional.cross_entropy(quant_model(x), y)
