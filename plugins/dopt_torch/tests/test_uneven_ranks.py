@@ -132,7 +132,10 @@ def test_broken_data_on_one_rank_fail_on_both_with_the_same_sentence(ranks):
 
 def test_no_data_on_any_rank_fails_on_both(ranks):
     for rank in ranks:
-        assert "'stem/Conv2D' has seen no data (and 2 other layers could not be calibrated)" in rank["no data at all"]["failed"]
+        assert (
+            "'stem/Conv2D' has seen no data (and 2 other layers could not be calibrated)"
+            in rank["no data at all"]["failed"]
+        )
 
 
 def test_first_training_batches_of_different_width_give_one_scale(ranks):
