@@ -45,7 +45,7 @@ TRANSPOSED = {"output padding": {"stride": 2, "output_padding": 1}, "cropped": {
 def cases():
     for dims in SIZES:
         for option in {**SHARED, **CONVOLUTIONS}:
-            if not (option == "reflect" and dims == 3 and torch.__version__ < "1.13"):  # torch did not have it
+            if not (option == "reflect" and dims == 3 and str(torch.__version__) < "1.13"):  # torch did not have it
                 yield f"Conv{dims}d", option
         for option in {**SHARED, **TRANSPOSED}:
             yield f"ConvTranspose{dims}d", option
