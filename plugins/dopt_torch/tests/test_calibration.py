@@ -140,9 +140,9 @@ def test_the_modes_come_back_after_a_pass_that_failed(small_net, quantize):
     quantized = quantize(small_net, SMALL).train()
     quantized.bn1.eval()
     dopt_api.set_calibrate_state(quantized, True)
+    quantized(images())
     with pytest.raises(RuntimeError):
         quantized(torch.randn(2, 5, 12, 12))
-    quantized(images())
     dopt_api.set_calibrate_state(quantized, False)
     assert quantized.training
     assert quantized.fc.training
