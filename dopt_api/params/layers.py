@@ -18,6 +18,7 @@ from dopt_api.quantizer.affine import (
     scale_zero_point,
 )
 from dopt_api.quantizer.folding import BatchNorm, fold_batch_norm
+from dopt_api.quantizer.training import learned_scale
 from dopt_api.types import LayerPlan
 
 __all__ = ["FloatLayer", "QuantizedLayer", "fold", "quantize_layer"]
@@ -84,7 +85,7 @@ def quantize_layer(
     plan: LayerPlan,
     input_scale: np.float32,
     input_zero_point: int,
-    weight_scale: NDArray[np.floating[Any]] | None = None,
+    weight_gain: ArrayLike = 0.0,
 ) -> QuantizedLayer:
     """Fold and quantize one layer.
 
@@ -97,7 +98,7 @@ def quantize_layer(
         plan: Its name and strategy.
         input_scale: Scale of the input.
         input_zero_point: Zero point of the input.
-        weight_scale: Learned scales ``[C]``; without them they are taken from the folded weight's extremes.
+        weight_gain: Learned gains ``[C]`` on the scales that the folded weight's extremes give.
 
     Raises:
         NumbersError: The weight or bias has NaN, infinity or values too large for a scale, or a scale is not positive
@@ -115,18 +116,17 @@ def quantize_layer(
     grid = plan.strategy.weight
     axis = layer.axis if grid.per_channel else None
     _check_scale("input", input_scale, plan)
-    if weight_scale is None:
-        extreme = channel_maximum(weight, axis)
-        try:
-            weight_scale, _ = scale_zero_point(-extreme, extreme, grid)
-        except NumbersError as error:
-            raise NumbersError(
-                f"The weight of layer {plan.name!r} cannot be quantized: {error.what}",
-                where=f"layer {plan.name!r}",
-                expected=error.expected,
-                fix=error.fix,
-            ) from error
-    scale, bias_scale = as_float32(weight_scale), None
+    extreme = channel_maximum(weight, axis)
+    try:
+        derived, _ = scale_zero_point(-extreme, extreme, grid)
+    except NumbersError as error:
+        raise NumbersError(
+            f"The weight of layer {plan.name!r} cannot be quantized: {error.what}",
+            where=f"layer {plan.name!r}",
+            expected=error.expected,
+            fix=error.fix,
+        ) from error
+    scale, bias_scale = learned_scale(derived, weight_gain), None
     _check_scale("weight", scale, plan)
     if bias is not None:
         scale = _raised(scale, bias, float(input_scale))

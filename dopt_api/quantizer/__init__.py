@@ -17,17 +17,15 @@ from dopt_api.quantizer.grid import Grid
 from dopt_api.quantizer.ranges import DEFAULT_RANGE, RANGE_METHODS, activation_parameters
 from dopt_api.quantizer.statistics import Statistics, lattice
 from dopt_api.quantizer.training import (
-    SCALE_GRADIENT_LIMIT,
     fake_quantize_gradients,
-    limit_scale_gradient,
+    gain_gradient,
+    learned_scale,
     relative_squared_error,
-    scale_gradient_factor,
 )
 
 __all__ = [
     "DEFAULT_RANGE",
     "RANGE_METHODS",
-    "SCALE_GRADIENT_LIMIT",
     "SMALLEST_SCALE",
     "BatchNorm",
     "Grid",
@@ -38,10 +36,10 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_gradients",
     "fold_batch_norm",
+    "gain_gradient",
     "lattice",
-    "limit_scale_gradient",
+    "learned_scale",
     "quantize",
     "relative_squared_error",
-    "scale_gradient_factor",
     "scale_zero_point",
 ]

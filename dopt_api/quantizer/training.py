@@ -1,62 +1,68 @@
-r"""Gradients of fake quantization and the quantization loss, as NumPy references.
+r"""Learned scales, gradients of fake quantization and the quantization loss, as NumPy references.
 
 Straight-through estimator (Bengio et al. 2013, https://arxiv.org/abs/1308.3432): the rounding passes gradients on
-where the integer stays on the grid, clipping stops them. Learned step size (LSQ, Esser et al. 2020,
-https://arxiv.org/abs/1902.08153, equations 3 to 5): with :math:`v = x / s`, :math:`r` the clipped and rounded
+where the integer stays on the grid, clipping stops them. The derivative with respect to the scale is that of LSQ (Esser
+et al. 2020, https://arxiv.org/abs/1902.08153, equation 3): with :math:`v = x / s`, :math:`r` the clipped and rounded
 :math:`v` (so :math:`\hat x = r s`) and :math:`m = 1` where :math:`v` rounds to the grid,
 
 .. math:: \partial \hat x / \partial x = m, \qquad \partial \hat x / \partial s = r - m v
 
-and the gradient of the scale is multiplied by :math:`1 / \sqrt{n\, q_{max}}`, with :math:`n` the number of values in
-the batch (or in one weight channel) that share the scale, and limited to a tenth of the scale. ``m`` is 1 for
-``qmin - zero_point - 0.5 <= v <= qmax - zero_point + 0.5``, compared in float32.
+``m`` is 1 for ``qmin - zero_point - 0.5 <= v <= qmax - zero_point + 0.5``, compared in float32. What is learned is not
+the scale but a :func:`gain <learned_scale>` on it, so that steps are relative to the scale.
 """
 
 from __future__ import annotations
 
-from math import sqrt
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dopt_api.quantizer.affine import broadcast, fake_quantize
+from dopt_api.quantizer.affine import SMALLEST_SCALE, broadcast, fake_quantize
 from dopt_api.quantizer.grid import Grid
 
-__all__ = [
-    "SCALE_GRADIENT_LIMIT",
-    "fake_quantize_gradients",
-    "limit_scale_gradient",
-    "relative_squared_error",
-    "scale_gradient_factor",
-]
+__all__ = ["fake_quantize_gradients", "gain_gradient", "learned_scale", "relative_squared_error"]
 
-SCALE_GRADIENT_LIMIT = 0.1
-"""The greatest magnitude of a scale's gradient, in multiples of the scale."""
+def learned_scale(scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float32]:
+    r"""Return the scale in use: the one that was chosen from data, times what training has made of it.
 
+    .. math:: s' = s\,(1 + g) \quad (g \ge 0), \qquad s' = s / (1 - g) \quad (g < 0)
 
-def scale_gradient_factor(n: int, grid: Grid) -> float:
-    r"""Return LSQ's factor for the gradient of a scale, :math:`1 / \sqrt{n\, q_{max}}`.
+    The multiplier is 1 at ``g = 0``, positive everywhere and smooth, with slope 1 at 0. An optimizer's step is thus
+    relative to the scale, as in training logarithms of thresholds (Jain et al. 2020,
+    https://arxiv.org/abs/1903.08066), and none can make a scale negative; weight decay draws it to the calibrated one.
+    Sum, quotient and product are rounded exactly alike in every framework, as an exponential is not.
 
     Args:
-        n: Number of values in the batch, or in one weight channel, that share the scale.
-        grid: The integer grid.
-    """
-    return 1.0 / sqrt(max(n, 1) * grid.qmax)
+        scale: As chosen from statistics or from the weight's extremes, ``[]`` or ``[C]``.
+        gain: What is learned, starting at 0, of the same shape.
 
-
-def limit_scale_gradient(gradient: ArrayLike, scale: ArrayLike) -> NDArray[np.float64]:
-    """Return a scale's gradient, limited to :data:`SCALE_GRADIENT_LIMIT` times the scale.
-
-    Where a range is far too small for its data, as after calibration with other running statistics than those of
-    training, clipped values make the gradient so large that one step would carry the scale through zero, from where
-    it does not come back. In ordinary training the limit is out of reach.
+    Returns:
+        Float32 of that shape, at least :data:`~dopt_api.quantizer.SMALLEST_SCALE`.
 
     Example:
-        >>> limit_scale_gradient([3.0, -0.001], [0.5, 0.5]).tolist()
-        [0.05, -0.001]
+        >>> learned_scale([0.5, 0.5, 0.5], [0.0, 1.0, -1.0]).tolist()
+        [0.5, 1.0, 0.25]
     """
-    limit = np.asarray(scale, np.float64) * SCALE_GRADIENT_LIMIT
-    return np.asarray(np.clip(np.asarray(gradient, np.float64), -limit, limit))
+    base, g, one = np.asarray(scale, np.float32), np.asarray(gain, np.float32), np.float32(1.0)
+    multiplier = np.where(g < 0, one / (one - np.minimum(g, np.float32(0.0))), one + g)
+    return np.maximum(base * multiplier, np.float32(SMALLEST_SCALE))
+
+
+def gain_gradient(scale_gradient: ArrayLike, scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float64]:
+    r"""Return the gradient of a gain from that of the scale in use.
+
+    .. math:: \partial s' / \partial g = s \quad (g \ge 0), \qquad \partial s' / \partial g = s / (1 - g)^2 \quad (g < 0)
+
+    Args:
+        scale_gradient: The loss's gradient with respect to the scale in use, ``[]`` or ``[C]``.
+        scale: The scale without its gain, of the same shape.
+        gain: What is learned, of the same shape.
+
+    Example:
+        >>> gain_gradient([3.0, 3.0], [0.5, 0.5], [0.0, -1.0]).tolist()
+        [1.5, 0.375]
+    """
+    g = np.minimum(np.asarray(gain, np.float64), 0.0)
+    return np.asarray(scale_gradient, np.float64) * np.asarray(scale, np.float64) / (1.0 - g) ** 2
 
 
 def fake_quantize_gradients(
@@ -67,7 +73,6 @@ def fake_quantize_gradients(
     grid: Grid,
     *,
     axis: int | None = None,
-    factor: float = 1.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return the gradients of a loss with respect to ``x`` and to the scale.
 
@@ -78,7 +83,6 @@ def fake_quantize_gradients(
         zero_point: Integers of the same shape.
         grid: The integer grid.
         axis: The channel axis, or ``None``.
-        factor: Factor of the scale's gradient, see :func:`scale_gradient_factor`.
 
     Returns:
         Gradient of ``x`` (float32, its shape) and of the scale (float64, its shape).
@@ -97,7 +101,7 @@ def fake_quantize_gradients(
     inside = (v >= low - np.float32(0.5)) & (v <= high + np.float32(0.5))
     slope = np.clip(np.rint(v), low, high).astype(np.float64) - np.where(inside, v, np.float32(0.0))
     others = None if axis is None else tuple(i for i in range(data.ndim) if i != axis % data.ndim)
-    return np.where(inside, dy, np.float32(0.0)), np.asarray((dy * slope).sum(axis=others) * factor)
+    return np.where(inside, dy, np.float32(0.0)), np.asarray((dy * slope).sum(axis=others))
 
 
 def relative_squared_error(

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from dopt_api.errors import CalibrationError, ConfigError, DoptError, ModelError
 from dopt_api.files import staged
 from dopt_api.params import FloatLayer, QuantizedLayer, QuantParams, fold, layer_params, quantize_layer, render_params
-from dopt_api.quantizer import BatchNorm
+from dopt_api.quantizer import BatchNorm, learned_scale
 from dopt_api.types import ExportResult, Plan
 from dopt_torch.checkpoint import load_checkpoint, load_into
-from dopt_torch.fake_quantize import positive
 from dopt_torch.find_layers import Structure, evaluating, example_inputs, tensors_of
 from dopt_torch.layer_kinds import kind_of
 from dopt_torch.onnx_graph import MARK, GraphEditor, mark_value
 from dopt_torch.optimize import optimize
-from dopt_torch.quantized_layer import norm_factor, norm_of, original_class, shadowed
+from dopt_torch.quantized_layer import norm_of, original_class, shadowed
 
 __all__ = ["OPSET", "export"]
 
@@ -133,14 +132,13 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
         if not quantizer.is_ready():
             missing.append(name)
             continue
-        learned = quantizer.learned_weight_scale(norm_factor(module)) if quantizer.weight_learned else None
         source = _float_layer(module, norm_of(module))
         quantized = quantize_layer(
             source,
             layer_plan,
-            np.float32(positive(quantizer.input_scale).detach().numpy()),
+            np.float32(learned_scale(quantizer.input_scale.numpy(), quantizer.input_gain.detach().numpy())),
             int(quantizer.input_zero_point),
-            None if learned is None else learned.detach().numpy(),
+            quantizer.weight_gain.detach().numpy(),
         )
         result.append(_Layer(path, module, source, quantized))
     if missing:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dopt_api.quantizer import SCALE_GRADIENT_LIMIT, SMALLEST_SCALE, Grid
+from dopt_api.quantizer import SMALLEST_SCALE, Grid
 from dopt_torch.blocks import blocks, dense
 from dopt_torch.layer_kinds import on_weight
 
@@ -24,21 +24,18 @@ __all__ = [
     "LearnedWeightScale",
     "fake_quantize",
     "fake_quantize_weight",
-    "positive",
+    "learned_scale",
     "weight_scale",
 ]
 
 
-def positive(scale: Tensor) -> Tensor:
-    """Return the scale that is used for a learned one: never below the smallest normal float32.
+_LARGEST = float(np.finfo(np.float32).max)
 
-    Its gradient is limited as in :func:`dopt_api.quantizer.limit_scale_gradient`.
-    """
-    used = scale.clamp_min(SMALLEST_SCALE)
-    if used.requires_grad:
-        limit = used.detach() * SCALE_GRADIENT_LIMIT
-        used.register_hook(lambda g: None if g is None else torch.minimum(torch.maximum(g, -limit), limit))
-    return used
+
+def learned_scale(scale: Tensor, gain: Tensor) -> Tensor:
+    """Return :func:`dopt_api.quantizer.learned_scale`, to the bit, differentiable in ``gain``."""
+    smaller = 1 / (1 - gain.clamp_max(0.0))
+    return (scale * torch.where(gain < 0, smaller, 1 + gain)).clamp_min(SMALLEST_SCALE)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -74,13 +71,13 @@ class LearnedScale(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, probe: tuple[slice, ...]
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, probe: tuple[slice, ...]
     ) -> tuple[Tensor, Tensor]:
         """Quantize ``x`` (float32) and copy ``x[probe]``."""
         x = dense(x)
         y = fake_quantize(x, scale, low, high)
         ctx.save_for_backward(x, scale, y)
-        ctx.low, ctx.high, ctx.factor, ctx.probe = low, high, factor, probe
+        ctx.low, ctx.high, ctx.probe = low, high, probe
         ctx.set_materialize_grads(False)
         return y, x[probe].clone()
 
@@ -98,12 +95,13 @@ class LearnedScale(torch.autograd.Function):
             for x_, y_, dy_, dx_ in blocks(x, y, dy, dx):
                 torch.div(x_, scale, out=dx_)
                 _where_inside(dy_, dx_, ctx.low, ctx.high)
-                sums.append(torch.dot(dy_, y_) - torch.dot(dx_, x_))
-            dscale = torch.stack(sums).sum() / scale * ctx.factor
+                finite = x_.clamp(-_LARGEST, _LARGEST)  # an infinite x is outside, and inf * 0 would be NaN
+                sums.append(torch.dot(dy_, y_) - torch.dot(dx_, finite))
+            dscale = torch.stack(sums).sum() / scale
         if dprobed is not None:
             dx = torch.zeros_like(x) if dx is None else dx
             dx[ctx.probe] += dprobed
-        return dx, dscale, None, None, None, None
+        return dx, dscale, None, None, None
 
 
 class LearnedWeightScale(torch.autograd.Function):
@@ -111,11 +109,11 @@ class LearnedWeightScale(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int, factor: float
+        ctx: Any, weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int
     ) -> Tensor:
         """Return ``fake_quantize(weight * folding) / folding``; see :func:`fake_quantize_weight`."""
         ctx.save_for_backward(weight, scale, folding)
-        ctx.grid, ctx.axis, ctx.factor = grid, axis, factor
+        ctx.grid, ctx.axis = grid, axis
         return fake_quantize_weight(weight, scale, folding, grid, axis)
 
     @staticmethod
@@ -131,7 +129,7 @@ class LearnedWeightScale(torch.autograd.Function):
         if folding is not None:
             slope /= folding
         others = [i for i in range(weight.dim()) if i != axis]
-        return dx, slope.sum(others) * ctx.factor, None, None, None, None
+        return dx, slope.sum(others), None, None, None
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int) -> Tensor:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dopt_api.quantizer import activation_parameters, lattice, scale_gradient_factor
+from dopt_api.quantizer import activation_parameters, lattice
 from dopt_api.types import LayerPlan
 from dopt_torch.fake_quantize import (
     LearnedScale,
     LearnedWeightScale,
     fake_quantize,
     fake_quantize_weight,
-    positive,
+    learned_scale,
     weight_scale,
 )
 from dopt_torch.layer_kinds import LayerKind, on_weight, samples_first
@@ -37,29 +37,28 @@ class LayerQuantizer(nn.Module):
     Attributes:
         plan: The layer's strategy and range method.
         kind: The kind of layer.
-        input_scale: Float32 ``[]``.
-        weight_scale: Float32 ``[C]``, of the weight before folding; used once ``weight_learned`` is set, until then
-            derived from the weight.
+        input_scale: Float32 ``[]``, as calibrated.
         input_zero_point: Int32 ``[]``.
         ready: uint8 ``[]``, 1 when ``input_scale`` and ``input_zero_point`` are decided.
-        weight_learned: uint8 ``[]``, 1 when training has taken over ``weight_scale``.
+        input_gain: Float32 ``[]``, learned; see :func:`dopt_api.quantizer.learned_scale`.
+        weight_gain: Float32 ``[C]``, likewise, on the scales that the weight's extremes give.
         statistics: What calibration has seen.
         calibrating: Whether forward passes collect statistics.
     """
 
+    input_scale: Tensor
     input_zero_point: Tensor
     ready: Tensor
-    weight_learned: Tensor
 
     def __init__(self, plan: LayerPlan, kind: LayerKind, weight: Tensor) -> None:
         super().__init__()
         self.plan, self.kind = plan, kind
         device, channels = weight.device, weight.shape[kind.weight_axis]
-        self.input_scale = nn.Parameter(torch.ones((), device=device))
-        self.weight_scale = nn.Parameter(torch.ones(channels, device=device))
+        self.input_gain = nn.Parameter(torch.zeros((), device=device))
+        self.weight_gain = nn.Parameter(torch.zeros(channels, device=device))
+        self.register_buffer("input_scale", torch.ones((), device=device))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         self.register_buffer("ready", torch.zeros((), dtype=torch.uint8, device=device))
-        self.register_buffer("weight_learned", torch.zeros((), dtype=torch.uint8, device=device))
         self.statistics = DeviceStatistics.empty(device)
         self.calibrating = False
         self.probed: Tensor | None = None
@@ -107,6 +106,7 @@ class LayerQuantizer(nn.Module):
         )
         with torch.no_grad():
             self.input_scale.fill_(float(scale))
+            self.input_gain.zero_()
             self.input_zero_point.fill_(zero_point)
             self.ready.fill_(1)
 
@@ -141,15 +141,14 @@ class LayerQuantizer(nn.Module):
         """Return the fake-quantized input, of the dtype of ``x``."""
         grid = self.plan.strategy.activation
         low, high = self._bounds()
-        scale = positive(self.input_scale)
+        scale = self.learned_input_scale()
         data = x.float()
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
             self.probed = None
             return fake_quantize(data, scale, low, high).to(x.dtype)
         batch = samples_first(data, self.kind)
-        factor = scale_gradient_factor(batch.numel(), grid)
         probe = lattice(tuple(batch.shape), self.kind.input_axis)
-        result, probed = LearnedScale.apply(batch, scale, low, high, factor, probe)
+        result, probed = LearnedScale.apply(batch, scale, low, high, probe)
         self.probed = probed if self.training else None
         return result.view(x.shape).to(x.dtype)  # type: ignore[no-any-return]  # autograd functions are untyped
 
@@ -164,10 +163,9 @@ class LayerQuantizer(nn.Module):
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
         data = weight.float()
         folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
-        scale = self._current_weight_scale(data if folding is None else data * folding, factor)
+        scale = self.learned_weight_scale(data if folding is None else data * folding)
         if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
-            learning = scale_gradient_factor(weight.numel() // weight.shape[axis], grid)
-            result: Tensor = LearnedWeightScale.apply(data, scale, folding, grid, axis, learning)
+            result: Tensor = LearnedWeightScale.apply(data, scale, folding, grid, axis)
         else:
             result = fake_quantize_weight(data, scale, folding, grid, axis)
         return result.to(weight.dtype)
@@ -177,42 +175,28 @@ class LayerQuantizer(nn.Module):
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
         folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
         folded = weight.float() if folding is None else weight.float() * folding
-        step = on_weight(self._current_weight_scale(folded, factor), folded, axis)
+        step = on_weight(self.learned_weight_scale(folded), folded, axis)
         return _relative_error(folded, step, grid.qmin, grid.qmax)
 
     def input_error(self) -> Tensor | None:
         """Return the relative squared error of the probed inputs of the last training pass, or ``None``."""
         if self.probed is None:
             return None
-        return _relative_error(self.probed, positive(self.input_scale), *self._bounds())
+        return _relative_error(self.probed, self.learned_input_scale(), *self._bounds())
 
     def _bounds(self) -> tuple[int, int]:
         """Return the ends of the input's grid, less its zero point."""
         grid, zero_point = self.plan.strategy.activation, self._on_host("input_zero_point")
         return grid.qmin - zero_point, grid.qmax - zero_point
 
-    def learned_weight_scale(self, factor: Tensor | None) -> Tensor:
-        """Return the learned scales of the folded weight, ``[C]``.
+    def learned_input_scale(self) -> Tensor:
+        """Return the scale in use, ``[]``, differentiable in the gain."""
+        return learned_scale(self.input_scale, self.input_gain)
 
-        The parameter itself is the scale of the weight before folding: it need not follow the running statistics of
-        the normalization as they move in training.
-        """
-        scale = positive(self.weight_scale)
-        return scale if factor is None else scale * self._stretch(factor)
-
-    def _stretch(self, factor: Tensor) -> Tensor:
-        """Return how much folding stretches each channel's scale; groups that share a scale take the greatest."""
-        return _one_for_zero(factor).abs().view(-1, self.weight_scale.numel()).amax(0)
-
-    def _current_weight_scale(self, folded: Tensor, factor: Tensor | None) -> Tensor:
-        if not self._on_host("weight_learned"):
-            derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
-            if not self.learning:
-                return derived
-            with torch.no_grad():
-                self.weight_scale.copy_(derived if factor is None else derived / self._stretch(factor))
-                self.weight_learned.fill_(1)
-        return self.learned_weight_scale(factor)
+    def learned_weight_scale(self, folded: Tensor) -> Tensor:
+        """Return the scales in use of the folded weight, ``[C]``, differentiable in the gains."""
+        derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
+        return learned_scale(derived, self.weight_gain)
 
     # ---- being a module
 
@@ -249,13 +233,9 @@ class LayerQuantizer(nn.Module):
             destination[f"{prefix}statistics.{name}"] = part
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load what is there; a float checkpoint has nothing for a quantizer, and that is no error.
-
-        The scales of the weight are then derived from the weight that is loaded.
-        """
+        """Load what is there; a float checkpoint has nothing for a quantizer, and that is no error."""
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if not own:
-            self.weight_learned.zero_()
             return
         inner = f"{prefix}statistics."
         parts = {key[len(inner) :]: value for key, value in own.items() if key.startswith(inner)}
