@@ -7,7 +7,7 @@ An error is a full sentence for a person and a set of facts for a program: what 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BackendError",
@@ -21,6 +21,8 @@ __all__ = [
     "ParamsError",
     "StrategyError",
     "closest",
+    "most_of",
+    "never_calibrated",
 ]
 
 
@@ -80,6 +82,35 @@ class BackendError(DoptError):
 
 class CalibrationError(DoptError):
     """Statistics are missing or unusable (never run, NaN, infinite)."""
+
+
+def most_of(failures: Sequence[CalibrationError]) -> CalibrationError:
+    """Return one error for the layers that could not be calibrated: that of the first, with the number of others.
+
+    Example:
+        >>> most_of([CalibrationError("No data", where="a"), CalibrationError("NaN", where="b")]).what
+        'No data (and 1 other layers could not be calibrated)'
+    """
+    first, more = failures[0], len(failures) - 1
+    what = first.what + (f" (and {more} other layers could not be calibrated)" if more else "")
+    return CalibrationError(what, where=first.where, expected=first.expected, fix=first.fix)
+
+
+def never_calibrated(layers: Sequence[str]) -> CalibrationError:
+    """Return the error for layers whose ranges are not decided when a model is exported.
+
+    Example:
+        >>> never_calibrated(["conv1/Conv2D"]).what
+        "Layer 'conv1/Conv2D' was neither calibrated nor trained"
+    """
+    more = f" and {len(layers) - 1} other layers were" if len(layers) > 1 else " was"
+    return CalibrationError(
+        f"Layer {layers[0]!r}{more} neither calibrated nor trained",
+        where=f"layer {layers[0]!r}",
+        expected="a checkpoint saved after calibration or retraining",
+        fix="Switch calibration on by set_calibrate_state, run the calibration set through the quantized model, switch "
+        "it off, then save the checkpoint.",
+    )
 
 
 class CheckpointError(DoptError):

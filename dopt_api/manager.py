@@ -26,7 +26,7 @@ __all__ = ["GROUP", "KNOWN", "Backend", "BackendStatus", "load", "select", "stat
 GROUP = "dopt.backends"
 """The entry-point group of backends."""
 
-KNOWN = {"torch": "dopt-torch"}
+KNOWN = {"torch": "dopt-torch", "tf": "dopt-tf"}
 """Backends of this project by name, with what to install for them."""
 
 HOOKS = tuple(name for name in hookspec.__all__ if name.startswith("dopt_"))

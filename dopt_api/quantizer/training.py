@@ -44,13 +44,13 @@ def learned_scale(scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float32]:
     """
     base, g, one = np.asarray(scale, np.float32), np.asarray(gain, np.float32), np.float32(1.0)
     multiplier = np.where(g < 0, one / (one - np.minimum(g, np.float32(0.0))), one + g)
-    return np.maximum(base * multiplier, np.float32(SMALLEST_SCALE))
+    return np.asarray(np.maximum(base * multiplier, np.float32(SMALLEST_SCALE)), np.float32)
 
 
 def gain_gradient(scale_gradient: ArrayLike, scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float64]:
     r"""Return the gradient of a gain from that of the scale in use.
 
-    .. math:: \partial s' / \partial g = s \quad (g \ge 0), \qquad \partial s' / \partial g = s / (1 - g)^2 \quad (g < 0)
+    .. math:: \partial s' / \partial g = s \;\; (g \ge 0), \qquad \partial s' / \partial g = s / (1 - g)^2 \;\; (g < 0)
 
     Args:
         scale_gradient: The loss's gradient with respect to the scale in use, ``[]`` or ``[C]``.

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dopt_api.errors import CalibrationError, ConfigError, DoptError, ModelError
+from dopt_api.errors import ConfigError, DoptError, ModelError, never_calibrated
 from dopt_api.files import staged
 from dopt_api.params import FloatLayer, QuantizedLayer, QuantParams, fold, layer_params, quantize_layer, render_params
 from dopt_api.quantizer import BatchNorm, learned_scale
@@ -142,14 +142,7 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
         )
         result.append(_Layer(path, module, source, quantized))
     if missing:
-        more = f" and {len(missing) - 1} other layers were" if len(missing) > 1 else " was"
-        raise CalibrationError(
-            f"Layer {missing[0]!r}{more} neither calibrated nor trained",
-            where=f"layer {missing[0]!r}",
-            expected="a checkpoint saved after calibration or retraining",
-            fix="set_calibrate_state(quant_model, True), run the calibration set through it, "
-            "set_calibrate_state(quant_model, False), then save the checkpoint.",
-        )
+        raise never_calibrated(missing)
     done = {layer.path for layer in result}
     for path, norm_path in structure.norms.items():
         if path not in done:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from dopt_api.errors import CalibrationError, DoptError, ModelError
+from dopt_api.errors import CalibrationError, ModelError, most_of
 from dopt_api.types import Plan
 from dopt_torch.find_layers import Structure, refuse_wrapped
 from dopt_torch.layer_kinds import kind_of
@@ -84,20 +84,14 @@ def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
     for quantizer in quantizers:
         quantizer.calibrating = False
     merge_over_ranks(quantizer.statistics for quantizer in quantizers)
-    failures: list[DoptError] = []
+    failures: list[CalibrationError] = []
     for quantizer in quantizers:
         try:
             quantizer.conclude()
         except CalibrationError as error:  # noqa: PERF203  # each layer fails or not by itself
             failures.append(error)
     if failures:
-        first, more = failures[0], len(failures) - 1
-        raise CalibrationError(
-            first.what + (f" (and {more} other layers could not be calibrated)" if more else ""),
-            where=first.where,
-            expected=first.expected,
-            fix=first.fix,
-        )
+        raise most_of(failures)
 
 
 def get_quant_loss(model: nn.Module) -> Tensor:

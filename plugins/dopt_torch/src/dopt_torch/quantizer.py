@@ -139,7 +139,6 @@ class LayerQuantizer(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the fake-quantized input, of the dtype of ``x``."""
-        grid = self.plan.strategy.activation
         low, high = self._bounds()
         scale = self.learned_input_scale()
         data = x.float()

@@ -1,0 +1,103 @@
+"""Fake quantization on tensors, with the gradients of learned step sizes.
+
+The arithmetic is that of :mod:`dopt_api.quantizer.affine` to the bit: true division by the scale, rounding half to
+even, and clipping to the grid less the zero point, which spares adding and subtracting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dopt_api.quantizer import SMALLEST_SCALE, Grid
+from dopt_tf.layer_kinds import Layout, on_weight
+
+__all__ = ["fake_quantize", "fake_quantize_input", "fake_quantize_weight", "learned_scale", "weight_scale"]
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def learned_scale(scale: tf.Tensor, gain: tf.Tensor) -> tf.Tensor:
+    """Return :func:`dopt_api.quantizer.learned_scale`, to the bit, differentiable in ``gain``."""
+    smaller = 1.0 / (1.0 - tf.minimum(gain, 0.0))
+    return tf.maximum(scale * tf.where(gain < 0.0, smaller, 1.0 + gain), SMALLEST_SCALE)
+
+
+def fake_quantize(x: tf.Tensor, scale: tf.Tensor, low: Any, high: Any) -> tf.Tensor:
+    """Return ``clip(rint(x / scale), low, high) * scale``, float32 of the shape of ``x``, without a gradient of its own.
+
+    Args:
+        x: Float32 data.
+        scale: Positive float32, ``[]`` or of a shape that broadcasts.
+        low: ``qmin - zero_point``, float32.
+        high: ``qmax - zero_point``, float32.
+    """
+    return tf.raw_ops.ClipByValue(t=tf.raw_ops.Rint(x=x / scale), clip_value_min=low, clip_value_max=high) * scale
+
+
+def weight_scale(weight: tf.Tensor, grid: Grid, axis: int) -> tf.Tensor:
+    """Return the scales ``[C]`` of a weight from the extremes of its channels, as the core computes them."""
+    others = [i for i in range(weight.shape.rank) if i != axis]
+    extreme = tf.cast(tf.reduce_max(tf.abs(tf.stop_gradient(weight)), others), tf.float64)
+    scale = tf.maximum(tf.cast(2.0 * extreme / float(grid.qmax - grid.qmin), tf.float32), SMALLEST_SCALE)
+    return tf.where(tf.equal(extreme, 0.0), tf.ones_like(scale), scale)
+
+
+@tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow is not typed
+def fake_quantize_input(x: tf.Tensor, scale: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> Any:
+    """Fake quantization of an activation whose scale is learned; see :mod:`dopt_api.quantizer.training`.
+
+    Gradients pass where the integer stays on the grid; the scale's is summed as two dot products.
+    """
+    y = fake_quantize(x, scale, low, high)
+
+    def backward(dy: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
+        # dy . (r - m v) = (dy . y - (m dy) . x) / scale, since y = r scale and x = v scale
+        dx = _where_inside(dy, x / scale, low, high)
+        finite = tf.raw_ops.ClipByValue(t=x, clip_value_min=-_LARGEST, clip_value_max=_LARGEST)  # inf * 0 would be NaN
+        return dx, (_dot(dy, y) - _dot(dx, finite)) / scale, None, None
+
+    return y, backward
+
+
+def fake_quantize_weight(
+    weight: tf.Tensor, scale: tf.Tensor, folding: tf.Tensor | None, grid: Grid, layout: Layout
+) -> tf.Tensor:
+    """Return the weight whose folded form is on the grid.
+
+    Args:
+        weight: Float32, in its channelwise shape.
+        scale: ``[C]``, the scales of the folded weight.
+        folding: What folding multiplies the weight by, not 0, of a shape that broadcasts; or ``None``.
+        grid: The integer grid, symmetric.
+        layout: The layout of the layer.
+    """
+    factor = 1.0 if folding is None else folding
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]  # see above
+    def quantize(weight: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+        v = (weight if folding is None else weight * folding) / step
+        r = tf.raw_ops.ClipByValue(t=tf.raw_ops.Rint(x=v), clip_value_min=grid.qmin, clip_value_max=grid.qmax)
+
+        def backward(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            dx = _where_inside(dy, v, float(grid.qmin), float(grid.qmax))
+            slope = (dy * r - dx * v) / factor
+            others = [i for i, size in enumerate(step.shape) if size == 1]
+            return dx, tf.reduce_sum(slope, others, keepdims=True)
+
+        return r * (step if folding is None else step / folding), backward
+
+    return quantize(weight, on_weight(scale, weight.shape.rank, layout))
+
+
+def _where_inside(dy: tf.Tensor, v: tf.Tensor, low: Any, high: Any) -> tf.Tensor:
+    """Return ``dy`` where ``low - 0.5 <= v <= high + 0.5``, else 0."""
+    clipped = tf.raw_ops.ClipByValue(t=v, clip_value_min=low - 0.5, clip_value_max=high + 0.5)
+    return tf.where(tf.equal(v, clipped), dy, tf.zeros_like(dy))
+
+
+def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(tf.matmul(tf.reshape(a, [1, -1]), tf.reshape(b, [-1, 1])), [])
