@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dopt_api.errors import CheckpointError
 from dopt_tf.find_layers import graph_of
+from dopt_tf.optimize import start
 from dopt_tf.quantizer import SCOPE, restore_values
 
 __all__ = ["Checkpoint", "float_variables", "restore_float_checkpoint"]
@@ -153,6 +154,7 @@ def restore_float_checkpoint(sess: Any, path: str | Path) -> None:
         if (part.full_name if part else variable.op.name) in checkpoint or not _is_auxiliary(variable, names):
             values[variable] = checkpoint.value_of(variable)
     restore_values(sess, values)
+    start(sess)
 
 
 def _existing(path: str) -> str:

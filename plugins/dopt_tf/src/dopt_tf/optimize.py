@@ -14,7 +14,9 @@ from dopt_tf.find_layers import Layer, Norm, Structure, graph_of, quantization_o
 from dopt_tf.inference_graph import in_gradients, is_training_node, source_of
 from dopt_tf.quantizer import SCOPE, LayerQuantizer, Mode, channelwise, classic_cond, restore_values
 
-__all__ = ["Quantization", "get_quant_loss", "optimize", "raw_session", "set_calibrate_state"]
+__all__ = ["Quantization", "get_quant_loss", "optimize", "set_calibrate_state", "start"]
+
+_REWRITTEN_BY_GRADIENTS = ("If", "StatelessIf", "While", "StatelessWhile", "Case", "StatelessCase")
 
 
 @dataclass(eq=False)
@@ -36,13 +38,22 @@ class Quantization:
         mode: What a step is.
         calibrating: The variable that says whether calibration is on; it belongs to the session, not to checkpoints.
         sites: The quantized layers by name.
+        structure: What is known of the float graph.
+        initialized: Which of :attr:`variables` a session has initialised, booleans ``[V]``.
         loss: The quantization loss, once it was asked for.
     """
 
     mode: Mode
     calibrating: tf.Variable
     sites: dict[str, _Site]
+    structure: Structure
+    initialized: tf.Tensor | None = None
     loss: tf.Tensor | None = None
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The variables of all quantizers, and the one that says whether calibration is on."""
+        return [self.calibrating, *(v for site in self.sites.values() for v in site.quantizer.variables)]
 
 
 def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
@@ -72,7 +83,7 @@ def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
         )
         known = tf.raw_ops.VarIsInitializedOp(resource=calibrating.handle)  # a session may restore without it
         on = classic_cond(known, calibrating.read_value, lambda: tf.constant(False))
-        quantization = Quantization(Mode(quantizing, on, training), calibrating, {})
+        quantization = Quantization(Mode(quantizing, on, training), calibrating, {}, structure)
         for name, layer_plan in plan.quantized.items():
             op = graph.get_operation_by_name(name)
             layer = structure.layers[name]
@@ -80,12 +91,32 @@ def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
             channels = channelwise(weight, layer.layout).shape[layer.layout.weight_axis]
             quantizer = LayerQuantizer(layer_plan, layer.layout, int(channels))
             quantization.sites[name] = _rewrite(graph, op, layer, quantizer, quantization.mode, structure)
+        known_ones = [tf.raw_ops.VarIsInitializedOp(resource=variable.handle) for variable in quantization.variables]
+        quantization.initialized = tf.stack(known_ones)
     graph.dopt_quantization = quantization
-    raw = raw_session(sess)
-    raw.run([calibrating.initializer])
-    restore_values(raw, {v: None for site in quantization.sites.values() for v in site.quantizer.variables})
-    _check_effect(raw, graph, structure, quantization)
+    if not any(op.type in _REWRITTEN_BY_GRADIENTS for op in graph.get_operations()):
+        start(sess)
     return sess
+
+
+def start(sess: Any) -> None:
+    """Give the quantizers' variables their initial values in a session that has none for them yet.
+
+    :func:`optimize` does this itself, except in graphs with conditionals or loops of functions: gradients that are
+    built later rewrite those, which a session that has run anything does not notice. There it is done by the first
+    call that runs the session anyway.
+
+    Raises:
+        ModelError: The session ran before the graph was rewritten.
+    """
+    quantization = quantization_of(graph_of(sess))
+    if quantization is None:
+        return
+    raw = _raw_session(sess)
+    initialized = raw.run(quantization.initialized)
+    pairs = zip(quantization.variables, initialized, strict=True)
+    restore_values(raw, {variable: None for variable, known in pairs if not known})
+    _check_effect(raw, graph_of(sess), quantization)
 
 
 def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
@@ -103,7 +134,8 @@ def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
         CalibrationError: On switching off: layers saw no data, or NaN or infinity; the others are calibrated.
     """
     quantization = _quantized(sess)
-    raw = raw_session(sess)
+    start(sess)
+    raw = _raw_session(sess)
     known = raw.run(quantization.mode.calibrating)
     if calibration_mode == bool(known):
         return
@@ -150,7 +182,7 @@ def get_quant_loss(sess: Any) -> tf.Tensor:
     return quantization.loss
 
 
-def raw_session(sess: Any) -> Any:
+def _raw_session(sess: Any) -> Any:
     """Return the plain session inside a monitored one."""
     return sess._tf_sess() if hasattr(sess, "_tf_sess") else sess
 
@@ -244,7 +276,7 @@ def _refuse_finished(graph: tf.Graph) -> None:
             )
 
 
-def _check_effect(sess: Any, graph: tf.Graph, structure: Structure, quantization: Quantization) -> None:
+def _check_effect(sess: Any, graph: tf.Graph, quantization: Quantization) -> None:
     """Check that the session takes the rewritten graph: one that has run keeps the operations as they were.
 
     The new inputs of one layer are fed with zeros; its output must then be zero without any other feed.
@@ -253,7 +285,7 @@ def _check_effect(sess: Any, graph: tf.Graph, structure: Structure, quantization
         ModelError: The session has run before.
     """
     for name in quantization.sites:
-        op, layout = graph.get_operation_by_name(name), structure.layers[name].layout
+        op, layout = graph.get_operation_by_name(name), quantization.structure.layers[name].layout
         given, weight = op.inputs[layout.input], op.inputs[layout.weight]
         if len(op.inputs) > 2 or not weight.shape.is_fully_defined() or given.shape.rank is None:
             continue
@@ -269,7 +301,6 @@ def _check_effect(sess: Any, graph: tf.Graph, structure: Structure, quantization
         except (tf.errors.UnimplementedError, ValueError):
             continue  # this kind cannot be tried here (a data format that this device lacks, say)
         if not fresh:
-            del graph.dopt_quantization
             raise ModelError(
                 "The session has already run this graph and would go on with the operations as they were",
                 where=f"operation {name!r}",
