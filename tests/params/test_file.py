@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_reading_what_was_written_gives_the_same_to_the_bit(params, tmp_path_fac
 def test_scales_have_the_fewest_digits_that_read_back_to_the_same_float32(learned):
     plan = LayerPlan("fc", "Linear", STRATEGIES["Quant_INT8-8"])
     weight = FloatLayer(np.zeros((len(learned), 1)), None, None, 0)
-    layer = quantize_layer(weight, plan, F32(learned[0]), 0, np.array(learned, F32))
+    layer = replace(quantize_layer(weight, plan, F32(learned[0]), 0), weight_scale=np.array(learned, F32))
     entry = layer_params(layer, calls=[("n", "x")], weight_tensor="w", weight_axis=0, bias_tensor=None)
     text = render_params(QuantParams("m", (entry,)))
     written = json.loads(text)["layers"][0]["weight"]["scale"]

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from dopt_strategies import finite, scales
+from dopt_strategies import finite
 from exact import exact
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from dopt_api.errors import NumbersError
 from dopt_api.params import FloatLayer, QuantizedLayer, fold, quantize_layer
-from dopt_api.quantizer import SMALLEST_SCALE, BatchNorm, Grid
+from dopt_api.quantizer import SMALLEST_SCALE, BatchNorm, Grid, learned_scale
 from dopt_api.quantizer.affine import LARGEST_END
 from dopt_api.strategy import STRATEGIES
 from dopt_api.types import LayerPlan
@@ -36,8 +36,8 @@ def layer_of(weight, bias=None, norm=None, axis=0) -> FloatLayer:
     return FloatLayer(np.asarray(weight, F32), None if bias is None else np.asarray(bias, F32), norm, axis)
 
 
-def quantized(weight, bias=None, input_scale=0.5, *, plan=PLAN, learned=None, axis=0, norm=None) -> QuantizedLayer:
-    return quantize_layer(layer_of(weight, bias, norm, axis), plan, F32(input_scale), 3, learned)
+def quantized(weight, bias=None, input_scale=0.5, *, plan=PLAN, gain=0.0, axis=0, norm=None) -> QuantizedLayer:
+    return quantize_layer(layer_of(weight, bias, norm, axis), plan, F32(input_scale), 3, gain)
 
 
 # ---- weights
@@ -77,16 +77,16 @@ def test_one_scale_per_tensor_where_the_strategy_says_so(weight):
     assert len(set(layer.bias_scale.tolist())) == 1
 
 
-@given(hnp.arrays(F32, (3, 4), elements=finite), hnp.arrays(F32, 3, elements=scales))
-def test_learned_scales_are_used_as_they_are(weight, learned):
-    layer = quantized(weight, learned=learned)
-    assert layer.weight_scale.tobytes() == learned.tobytes()
+@given(hnp.arrays(F32, (3, 4), elements=usable), hnp.arrays(F32, 3, elements=st.floats(-8.0, 8.0, width=32)))
+def test_gains_multiply_the_scales_of_the_extremes(weight, gain):
+    layer = quantized(weight, gain=gain)
+    assert layer.weight_scale.tobytes() == learned_scale(quantized(weight).weight_scale, gain).tobytes()
 
 
 def test_quantizing_twice_changes_nothing():
     weight = np.random.default_rng(0).standard_normal((8, 3, 3, 3))
     once = quantized(weight, np.ones(8))
-    twice = quantized(once.weight, np.ones(8), learned=once.weight_scale)
+    twice = quantized(once.weight, np.ones(8))
     assert twice.weight.tobytes() == once.weight.tobytes()
 
 
@@ -191,9 +191,8 @@ def test_fold_returns_float32(dtype):
         ({"weight": [[1.0]], "bias": [np.nan]}, "The bias of layer"),
         ({"weight": [[1.0]], "bias": [-np.inf]}, "The bias of layer"),
         ({"weight": [[3e38]]}, "cannot be quantized: .* too wide"),
-        ({"weight": [[1.0]], "learned": np.array([np.nan])}, "The weight scale nan"),
-        ({"weight": [[1.0]], "learned": np.array([-0.5])}, "The weight scale -0.5"),
-        ({"weight": [[1.0]], "learned": np.array([0.0])}, "The weight scale 0"),
+        ({"weight": [[1.0]], "gain": np.array([np.nan])}, "The weight scale nan"),
+        ({"weight": [[1.0]], "gain": np.array([np.inf])}, "The weight scale inf"),
         ({"weight": [[1.0]], "input_scale": np.nan}, "The input scale nan"),
         ({"weight": [[1.0]], "input_scale": 0.0, "bias": [1.0]}, "The input scale 0"),
         ({"weight": [[1.0]], "input_scale": 1e-38, "bias": [3e38]}, "The bias scale inf"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import sqrt
-
 import numpy as np
 import pytest
 from dopt_strategies import grids
@@ -13,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dopt_api.quantizer import (
+    SMALLEST_SCALE,
     Grid,
     fake_quantize,
     fake_quantize_gradients,
+    gain_gradient,
+    learned_scale,
     quantize,
     relative_squared_error,
-    scale_gradient_factor,
 )
 
 F32 = np.float32
@@ -100,13 +100,11 @@ def test_per_channel_is_per_tensor_for_each_channel(draw, axis):
         assert gs[c] == pytest.approx(float(one[1]), rel=1e-12, abs=1e-12)
 
 
-@given(arrays, steps, st.floats(0.0, 4.0))
-def test_scale_gradient_is_linear_in_its_factor_and_in_the_upstream(x, scale, factor):
+@given(arrays, steps)
+def test_scale_gradient_is_linear_in_the_upstream(x, scale):
     dy = np.linspace(-1.0, 1.0, x.size, dtype=F32).reshape(x.shape)
     _, plain = fake_quantize_gradients(dy, x, scale, 1, Grid(4))
-    _, scaled = fake_quantize_gradients(dy, x, scale, 1, Grid(4), factor=factor)
     _, doubled = fake_quantize_gradients(2 * dy, x, scale, 1, Grid(4))
-    assert float(scaled) == pytest.approx(float(plain) * factor)
     assert float(doubled) == pytest.approx(float(plain) * 2)
 
 
@@ -116,11 +114,51 @@ def test_huge_quotients_give_finite_gradients():
     assert float(gs) == 127 - 128
 
 
-@pytest.mark.parametrize(
-    ("n", "grid", "expected"), [(100, Grid(8), 25500), (9, Grid(8, signed=True), 1143), (0, Grid(2), 3)]
-)
-def test_scale_gradient_factor_is_that_of_lsq(n, grid, expected):
-    assert scale_gradient_factor(n, grid) == pytest.approx(1 / sqrt(expected))
+# ---- what is learned
+
+gains = st.floats(-1e6, 1e6, width=32)
+scales = st.floats(2.0**-40, 2.0**40, width=32)
+
+
+@given(scales)
+def test_a_gain_of_zero_leaves_the_scale_to_the_bit(scale):
+    assert learned_scale(scale, 0.0) == F32(scale)
+    assert learned_scale(scale, -0.0) == F32(scale)
+
+
+@given(scales, st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_no_gain_makes_a_scale_less_than_the_smallest(scale, gain):
+    with np.errstate(over="ignore"):
+        assert learned_scale(scale, gain) >= F32(SMALLEST_SCALE)
+
+
+@given(scales, gains, gains)
+def test_scales_grow_with_gains(scale, one, other):
+    low, high = sorted((one, other))
+    assert learned_scale(scale, low) <= learned_scale(scale, high)
+
+
+@given(gains)
+def test_opposite_gains_are_inverse(gain):
+    product = float(learned_scale(1.0, gain)) * float(learned_scale(1.0, -gain))
+    assert product == pytest.approx(1.0, rel=1e-6)
+
+
+@given(st.floats(-50, 50), st.floats(-4, 4))
+def test_the_gradient_of_a_gain_is_the_slope_of_the_scale(gain, upstream):
+    def scale(g):
+        return 0.5 * (1 + g) if g >= 0 else 0.5 / (1 - g)
+
+    tiny = 1e-6
+    slope = (scale(gain + tiny) - scale(gain - tiny)) / (2 * tiny)
+    assert float(gain_gradient(upstream, 0.5, gain)) == pytest.approx(upstream * slope, rel=1e-4, abs=1e-8)
+    assert float(learned_scale(0.5, gain)) == pytest.approx(scale(gain), rel=1e-6)
+
+
+def test_gains_of_channels_act_on_their_own_scales():
+    found = learned_scale([1.0, 2.0, 4.0], [0.5, 0.0, -3.0])
+    assert found.dtype == F32
+    assert found.tolist() == [1.5, 2.0, 1.0]
 
 
 # ---- the quantization loss

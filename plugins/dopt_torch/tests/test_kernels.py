@@ -22,7 +22,7 @@ from dopt_torch.fake_quantize import (
     LearnedWeightScale,
     fake_quantize,
     fake_quantize_weight,
-    positive,
+    learned_scale,
     weight_scale,
 )
 from dopt_torch.layer_kinds import kind_of, on_weight
@@ -125,9 +125,17 @@ class TestFakeQuantize:
         found = fake_quantize(torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5]), torch.tensor(1.0), -8, 7)
         assert found.tolist() == [-2, 0, 0, 2, 2]
 
-    @pytest.mark.parametrize(("given_scale", "used"), [(0.5, 0.5), (0.0, SMALLEST_SCALE), (-1.0, SMALLEST_SCALE)])
-    def test_learned_scales_are_kept_positive(self, given_scale, used):
-        assert positive(torch.tensor(given_scale)).item() == used
+    @given(st.floats(2.0**-126, 2.0**60, width=32), st.floats(-1e6, 1e6, width=32))
+    def test_learned_scales_are_the_core_s(self, scale, gain):
+        found = learned_scale(torch.tensor(scale), torch.tensor(gain))
+        equal(found, core.learned_scale(scale, gain))
+        assert found > 0
+
+    @pytest.mark.parametrize("gain", [-3.0, -1e-3, 0.0, 1e-3, 5.0])
+    def test_the_gradient_of_a_gain_is_the_core_s(self, gain):
+        leaf = torch.tensor(gain, requires_grad=True)
+        learned_scale(torch.tensor(0.25), leaf).backward(torch.tensor(3.0))
+        assert leaf.grad.item() == pytest.approx(float(core.gain_gradient(3.0, 0.25, gain)), rel=1e-6)
 
 
 class TestBlocks:
@@ -158,30 +166,30 @@ class TestBlocks:
         assert torch.equal(copied, x)
 
 
-def learned(x, scale, zero, grid, factor, probe):
+def learned(x, scale, zero, grid, probe):
     """Return leaf tensors and the results of the autograd function."""
     leaf = x.detach().requires_grad_()
     step = torch.tensor(scale, requires_grad=True)
-    return leaf, step, *LearnedScale.apply(leaf, step, *ends(grid, zero), factor, probe)
+    return leaf, step, *LearnedScale.apply(leaf, step, *ends(grid, zero), probe)
 
 
 def upstream_of(x, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(size=tuple(x.shape)).astype(F32))
 
 
-def scale_tolerance(dy, y, x, scale, factor):
+def scale_tolerance(dy, y, x, scale):
     """Bound the error of summing in float32."""
     x64, y64 = x.detach().double(), y.detach().double()
     near = x64.clamp(-70000 * float(scale), 70000 * float(scale))
     size = float((dy.double() * y64).abs().sum() + (dy.double() * near).abs().sum())
-    return (1e-5 * size + 1e-40) / float(scale) * factor  # products may be subnormal
+    return (1e-5 * size + 1e-40) / float(scale)  # products may be subnormal
 
 
 class TestLearnedScale:
     @given(quantized_tensors())
     def test_values_and_the_gradient_of_the_input_are_the_core_s(self, drawn):
         x, scale, zero, grid = drawn
-        leaf, _, y, _ = learned(x, scale, zero, grid, 1.0, ())
+        leaf, _, y, _ = learned(x, scale, zero, grid, ())
         equal(y, core.fake_quantize(x.numpy(), scale, zero, grid))
         dy = upstream_of(x)
         y.backward(dy)
@@ -192,15 +200,14 @@ class TestLearnedScale:
     @given(quantized_tensors(simple_scales, infinite=False))
     def test_the_gradient_of_the_scale_is_the_core_s_up_to_summation(self, block, drawn):
         x, scale, zero, grid = drawn
-        factor = core.scale_gradient_factor(max(1, x.numel()), grid)
         dy = upstream_of(x)
         with mock.patch.object(dopt_torch.blocks, "BLOCK", block):
-            leaf, step, y, _ = learned(x, scale, zero, grid, factor, ())
+            leaf, step, y, _ = learned(x, scale, zero, grid, ())
             y.backward(dy)
-        wanted_x, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), scale, zero, grid, factor=factor)
+        wanted_x, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), scale, zero, grid)
         equal(leaf.grad, wanted_x)
         assert step.grad.shape == ()
-        assert abs(float(step.grad) - float(wanted)) <= scale_tolerance(dy, y, x, scale, factor)
+        assert abs(float(step.grad) - float(wanted)) <= scale_tolerance(dy, y, x, scale)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dy_layout", LAYOUTS)
@@ -208,29 +215,29 @@ class TestLearnedScale:
         rng = np.random.default_rng(1)
         x = laid_out(rng.normal(size=(2, 3, 4, 5)).astype(F32) * 100, layout)
         dy = laid_out(rng.normal(size=(2, 3, 4, 5)).astype(F32), dy_layout)
-        leaf, step, y, _ = learned(x, 0.5, 100, Grid(8), 0.1, ())
+        leaf, step, y, _ = learned(x, 0.5, 100, Grid(8), ())
         y.backward(dy)
-        wanted_x, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), 0.5, 100, Grid(8), factor=0.1)
+        wanted_x, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), 0.5, 100, Grid(8))
         equal(leaf.grad, wanted_x)
         assert float(step.grad) == pytest.approx(float(wanted), rel=1e-4)
 
     def test_gradients_pass_just_up_to_half_a_step_beyond_the_grid(self):
         low, high = F32(-3.5), F32(4.5)
         x = torch.tensor([low, np.nextafter(low, F32(-9)), high, np.nextafter(high, F32(9))])
-        leaf, _, y, _ = learned(x, 1.0, 3, Grid(3), 1.0, ())
+        leaf, _, y, _ = learned(x, 1.0, 3, Grid(3), ())
         y.sum().backward()
         assert leaf.grad.tolist() == [1, 0, 1, 0]
 
     def test_a_retained_graph_gives_the_same_gradients_again(self):
         x = torch.randn(4, 5) * 10
-        leaf, step, y, _ = learned(x, 0.1, 10, Grid(8), 0.3, (slice(None),))
+        leaf, step, y, _ = learned(x, 0.1, 10, Grid(8), (slice(None),))
         first = torch.autograd.grad(y.square().sum(), (leaf, step), retain_graph=True)
         second = torch.autograd.grad(y.square().sum(), (leaf, step))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
         assert float(first[1]) != 0
 
     def test_upstream_gradients_are_not_written_to(self):
-        _, _, y, _ = learned(torch.randn(4, 5), 0.1, 10, Grid(8), 0.3, ())
+        _, _, y, _ = learned(torch.randn(4, 5), 0.1, 10, Grid(8), ())
         dy = torch.randn(4, 5)
         before = dy.clone()
         y.backward(dy)
@@ -239,7 +246,7 @@ class TestLearnedScale:
     def test_the_gradient_of_the_probed_elements_is_added(self):
         x, dy = torch.randn(2, 3, 6, 6) * 100, torch.randn(2, 3, 6, 6)
         probe = (slice(None), slice(None), slice(1, None, 3), slice(1, None, 3))
-        leaf, step, y, probed = learned(x, 0.5, 100, Grid(8), 0.1, probe)
+        leaf, step, y, probed = learned(x, 0.5, 100, Grid(8), probe)
         assert torch.equal(probed, x[probe])
         (y * dy).sum().backward(retain_graph=True)
         plain, plain_scale = leaf.grad.clone(), step.grad.clone()
@@ -252,14 +259,19 @@ class TestLearnedScale:
 
     def test_the_probed_elements_alone_have_a_gradient_too(self):
         x = torch.randn(4, 5)
-        leaf, step, _, probed = learned(x, 0.5, 100, Grid(8), 0.1, (slice(None), slice(0, 2)))
+        leaf, step, _, probed = learned(x, 0.5, 100, Grid(8), (slice(None), slice(0, 2)))
         probed.sum().backward()
         assert torch.equal(leaf.grad, torch.tensor([1.0, 1, 0, 0, 0]).expand(4, 5))
         assert step.grad is None
 
-    @given(st.integers(0, 10**9), grids())
-    def test_the_factor_is_the_core_s_formula(self, n, grid):
-        assert core.scale_gradient_factor(n, grid) == pytest.approx((max(n, 1) * grid.qmax) ** -0.5)
+    @pytest.mark.parametrize("end", [float("inf"), -float("inf")])
+    def test_an_infinite_input_counts_as_clipped(self, end):
+        x = torch.tensor([[1.0, end, -2.0, 700.0]])
+        leaf, step, y, _ = learned(x, 0.5, 100, Grid(8), ())
+        y.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        wanted = core.fake_quantize_gradients([[1.0, 2, 3, 4]], x.numpy(), 0.5, 100, Grid(8))
+        equal(leaf.grad, wanted[0])
+        assert step.grad.item() == pytest.approx(float(wanted[1]))
 
 
 weights = st.tuples(
@@ -304,22 +316,21 @@ class TestWeights:
         scale = rng.uniform(0.005, 0.02, channels).astype(F32)
         weight.flat[:2] = 100.0, 0.001  # one is clipped, one is not, whatever the others are
         folding = rng.choice([-1.0, 1.0], channels).astype(F32) * rng.uniform(0.5, 2, channels).astype(F32)
-        factor = core.scale_gradient_factor(12, SYMMETRIC)
         leaf, step = torch.tensor(weight, requires_grad=True), torch.tensor(scale, requires_grad=True)
         shaped = on_weight(torch.from_numpy(folding), leaf, axis) if folded else None
-        LearnedWeightScale.apply(leaf, step, shaped, SYMMETRIC, axis, factor).backward(torch.from_numpy(dy))
+        LearnedWeightScale.apply(leaf, step, shaped, SYMMETRIC, axis).backward(torch.from_numpy(dy))
         x = weight * shaped.numpy() if folded else weight
         zeros = np.zeros(channels, np.int32)
         wanted_x, _ = core.fake_quantize_gradients(dy, x, scale, zeros, SYMMETRIC, axis=axis)
         inner = dy / shaped.numpy() if folded else dy  # the folded form is divided by the factor afterwards
-        _, wanted = core.fake_quantize_gradients(inner, x, scale, zeros, SYMMETRIC, axis=axis, factor=factor)
+        _, wanted = core.fake_quantize_gradients(inner, x, scale, zeros, SYMMETRIC, axis=axis)
         equal(leaf.grad, wanted_x)
         assert 0 < (wanted_x == 0).mean() < 1
         np.testing.assert_allclose(step.grad.numpy(), wanted, rtol=1e-4, atol=1e-4)
 
     def test_a_retained_graph_gives_the_same_gradients_again(self):
         leaf, step = torch.randn(3, 4, requires_grad=True), torch.full((3,), 0.01, requires_grad=True)
-        y = LearnedWeightScale.apply(leaf, step, torch.full((3, 1), 2.0), SYMMETRIC, 0, 1.0)
+        y = LearnedWeightScale.apply(leaf, step, torch.full((3, 1), 2.0), SYMMETRIC, 0)
         first = torch.autograd.grad(y.square().sum(), (leaf, step), retain_graph=True)
         second = torch.autograd.grad(y.square().sum(), (leaf, step))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
@@ -371,7 +382,7 @@ class TestFolding:
 
 def layer_quantizer(layer, zero=100, scale=0.05):
     quantizer = LayerQuantizer(LayerPlan("layer", "", STRATEGIES["Quant_INT8-8"]), kind_of(layer), layer.weight)
-    quantizer.input_scale.data.fill_(scale)
+    quantizer.input_scale.fill_(scale)
     quantizer.input_zero_point.fill_(zero)
     return quantizer
 
@@ -397,7 +408,7 @@ class TestInputsOfLayers:
             ones = np.ones(x.shape, F32)
             inside, _ = core.fake_quantize_gradients(ones, x.detach().float().numpy(), F32(0.05), 100, grid)
             equal(x.grad.float(), inside)
-            assert quantizer.input_scale.grad.dtype == torch.float32
+            assert quantizer.input_gain.grad.dtype == torch.float32
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (3, 5, 4), (0, 3, 5, 4)])
@@ -409,18 +420,18 @@ class TestInputsOfLayers:
             found = quantizer.quantize_input(x)
         equal(found, core.fake_quantize(x.numpy(), F32(0.05), 100, Grid(8)))
 
-    def test_the_scale_s_gradient_has_the_factor_of_the_batch_and_is_limited(self):
+    @pytest.mark.parametrize("gain", [-0.5, 0.0, 0.5])
+    @pytest.mark.parametrize("size", [1e-4, 1e4])
+    def test_the_gain_s_gradient_is_the_core_s_whatever_its_size(self, gain, size):
         quantizer = layer_quantizer(nn.Linear(6, 2))
+        quantizer.input_gain.data.fill_(gain)
         grid = STRATEGIES["Quant_INT8-8"].activation
-        factor = core.scale_gradient_factor(24, grid)
-        for size in (1e-4, 10.0):
-            x, dy = torch.randn(4, 6) * 10, torch.randn(4, 6) * size
-            quantizer.input_scale.grad = None
-            quantizer.quantize_input(x).backward(dy)
-            _, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), F32(0.05), 100, grid, factor=factor)
-            limited = core.limit_scale_gradient(wanted, 0.05)
-            assert (limited != wanted) == (size > 1)
-            assert float(quantizer.input_scale.grad) == pytest.approx(float(limited), rel=1e-3)
+        x, dy = torch.randn(4, 6) * 10, torch.randn(4, 6) * size
+        quantizer.quantize_input(x).backward(dy)
+        scale = core.learned_scale(0.05, gain)
+        _, wanted = core.fake_quantize_gradients(dy.numpy(), x.numpy(), scale, 100, grid)
+        wanted = core.gain_gradient(wanted, 0.05, gain)
+        assert float(quantizer.input_gain.grad) == pytest.approx(float(wanted), rel=1e-3)
 
     @given(data(st.floats(-100, 100, width=32), max_dims=2))
     def test_linear_inputs_of_one_and_two_dimensions(self, array):

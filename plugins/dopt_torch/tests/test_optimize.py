@@ -245,7 +245,7 @@ def test_casting_the_model_leaves_the_quantizers_their_dtypes(small_net, quantiz
     after = {k: v for k, v in quantized.state_dict().items() if "dopt_quantizer" in k}
     assert same_state(after, before)
     assert after["conv1.dopt_quantizer.input_scale"].dtype == torch.float32
-    assert isinstance(quantized.conv1.dopt_quantizer.input_scale, nn.Parameter)
+    assert isinstance(quantized.conv1.dopt_quantizer.input_gain, nn.Parameter)
 
 
 def test_a_model_cast_to_double_gives_nearly_the_same_outputs(small_net, quantize):
@@ -263,7 +263,7 @@ def test_requires_grad_and_modes_reach_the_quantizers(small_net, quantize):
     assert not any(p.requires_grad for p in quantized.parameters())
     assert not quantized(image()).requires_grad
     quantized.requires_grad_(True)
-    assert quantized.conv1.dopt_quantizer.input_scale.requires_grad
+    assert quantized.conv1.dopt_quantizer.input_gain.requires_grad
     assert quantized.train().conv1.dopt_quantizer.training
     assert not quantized.eval().conv1.dopt_quantizer.training
 

@@ -103,7 +103,7 @@ def test_so_they_do_through_the_wrapper_and_in_other_batches(ranks):
 
 def test_ranks_stay_equal_in_training_from_the_first_batches(ranks):
     assert ranks[0]["trained"] == ranks[1]["trained"]
-    assert ranks[0]["trained"]["0.dopt_quantizer.weight_learned"] == 1
+    assert any(ranks[0]["trained"]["0.dopt_quantizer.weight_gain"])
 
 
 def test_what_rank_0_has_loaded_reaches_rank_1_through_the_wrapper(ranks):
