@@ -428,7 +428,7 @@ def test_adam_trains_the_quantized_model_as_well_as_the_float_one(quantize, rate
             loss.backward()
             optimizer.step()
         losses.append(loss.item())
-    assert losses[1] < 1.1 * losses[0]
+    assert losses[1] < 1.1 * losses[0] + 0.002  # the targets have a mean square of about 0.5
     for layer in (model[0], model[2], model[4]):
         assert (layer.dopt_quantizer.learned_weight_scale(layer.weight) > 0).all()
         assert layer.dopt_quantizer.weight_gain.abs().max() > rate

@@ -108,9 +108,7 @@ class LearnedWeightScale(torch.autograd.Function):
     """Fake quantization of a weight, per channel, in the space in which batch normalization is folded in."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int) -> Tensor:
         """Return ``fake_quantize(weight * folding) / folding``; see :func:`fake_quantize_weight`."""
         ctx.save_for_backward(weight, scale, folding)
         ctx.grid, ctx.axis = grid, axis
