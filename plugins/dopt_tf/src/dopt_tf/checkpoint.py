@@ -148,11 +148,11 @@ def restore_float_checkpoint(sess: Any, path: str | Path) -> None:
     checkpoint = Checkpoint(path)
     variables = float_variables(graph_of(sess))
     names = {variable.op.name for variable in variables}
-    values: dict[Any, Array] = {}
+    values: list[tuple[tf.Variable, Array]] = []
     for variable in variables:
         part = getattr(variable, "_save_slice_info", None)
         if (part.full_name if part else variable.op.name) in checkpoint or not _is_auxiliary(variable, names):
-            values[variable] = checkpoint.value_of(variable)
+            values.append((variable, checkpoint.value_of(variable)))
     restore_values(sess, values)
     start(sess)
 

@@ -115,7 +115,7 @@ def start(sess: Any) -> None:
     raw = _raw_session(sess)
     initialized = raw.run(quantization.initialized)
     pairs = zip(quantization.variables, initialized, strict=True)
-    restore_values(raw, {variable: None for variable, known in pairs if not known})
+    restore_values(raw, [(variable, None) for variable, known in pairs if not known])
     _check_effect(raw, graph_of(sess), quantization)
 
 
@@ -143,9 +143,9 @@ def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
     if calibration_mode:
         for quantizer in quantizers:
             quantizer.start_calibration(raw)
-        restore_values(raw, {quantization.calibrating: True})
+        restore_values(raw, [(quantization.calibrating, True)])
         return
-    restore_values(raw, {quantization.calibrating: False})
+    restore_values(raw, [(quantization.calibrating, False)])
     failures: list[CalibrationError] = []
     for quantizer in quantizers:
         try:
@@ -291,7 +291,10 @@ def _check_effect(sess: Any, graph: tf.Graph, quantization: Quantization) -> Non
             continue
         reach = max([1, *weight.shape.as_list()])
         sizes = [1 if axis == 0 else reach if size is None else size for axis, size in enumerate(given.shape.as_list())]
-        feeds = {given: np.zeros(sizes, given.dtype.as_numpy_dtype), weight: np.ones(weight.shape, weight.dtype.as_numpy_dtype)}
+        feeds = {
+            given.name: np.zeros(sizes, given.dtype.as_numpy_dtype),
+            weight.name: np.ones(weight.shape, weight.dtype.as_numpy_dtype),
+        }
         try:
             fresh = not np.any(sess.run(op.outputs[0], feeds))
         except tf.errors.InvalidArgumentError:

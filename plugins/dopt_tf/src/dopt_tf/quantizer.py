@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from dopt_tf.fake_quantize import fake_quantize_input, fake_quantize_weight, lea
 from dopt_tf.layer_kinds import Layout, on_weight, samples_first
 from dopt_tf.statistics import DeviceStatistics, probe
 
-__all__ = ["SCOPE", "LayerQuantizer", "Mode", "classic_cond", "restore_values", "values_of"]
+__all__ = ["SCOPE", "LayerQuantizer", "Mode", "classic_cond", "rare_cond", "restore_values", "values_of"]
 
 SCOPE = "dopt_quantizer"
 """The name scope of every variable of a quantizer."""
@@ -76,7 +76,7 @@ class LayerQuantizer:
 
     def start_calibration(self, sess: Any) -> None:
         """Forget earlier statistics."""
-        restore_values(sess, {variable: None for variable in [self.ready, *self.statistics.parts.values()]})
+        restore_values(sess, [(variable, None) for variable in [self.ready, *self.statistics.parts.values()]])
 
     def conclude(self, sess: Any) -> None:
         """Let the core turn the statistics into scale and zero point.
@@ -85,8 +85,8 @@ class LayerQuantizer:
             CalibrationError: There were no data, or NaN or infinity among them.
         """
         scale, zero_point = self._decide(values_of(sess, self.statistics.parts))
-        decided = {self.input_scale: scale, self.input_zero_point: zero_point, self.ready: 1, self.input_gain: None}
-        restore_values(sess, decided)
+        targets = (self.input_scale, self.input_zero_point, self.ready, self.input_gain)
+        restore_values(sess, zip(targets, (scale, zero_point, 1, None), strict=True))
 
     def prepare(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
         """Return whether this step quantizes the layer, after seeing to it that the scale is decided.
@@ -95,24 +95,13 @@ class LayerQuantizer:
         by a pending calibration (as from a checkpoint) or, in training, by this very batch.
         """
 
-        def observe() -> tf.Tensor:
-            with tf.control_dependencies([self._observe(x)]):
-                return tf.constant(False)
+        ready = self.ready.read_value() > 0
+        due = mode.quantizing & (mode.calibrating | ~ready)
+        decided = rare_cond(due, lambda: self._observe_or_decide(x, mode))
+        return mode.quantizing & ~mode.calibrating & (ready | decided)
 
-        def decide() -> tf.Tensor:
-            return classic_cond(self.ready.read_value() > 0, lambda: tf.constant(True), lambda: self._first(x, mode))
-
-        def quantize() -> tf.Tensor:
-            return classic_cond(mode.calibrating, observe, decide)
-
-        return classic_cond(mode.quantizing, quantize, lambda: tf.constant(False))
-
-    def _observe(self, x: tf.Tensor) -> tf.Operation:
-        """Return the operation that takes a batch of inputs into the statistics."""
-        return self.statistics.update(samples_first(tf.stop_gradient(x), self.layout), self.layout.input_axis)
-
-    def _first(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
-        """Decide the scale from what was seen, from this batch in training; return whether it is decided."""
+    def _observe_or_decide(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
+        """Do what a step has to do before the scale can be used; return whether it can."""
         parts = self.statistics.parts
         seen = parts["samples"].read_value() + parts["non_finite"].read_value() > 0
 
@@ -120,7 +109,15 @@ class LayerQuantizer:
             with tf.control_dependencies([self._observe(x)]):
                 return tf.constant(True)
 
-        known = classic_cond(mode.training & ~seen, observe, lambda: tf.identity(seen))
+        known = tf.cond(mode.calibrating | (mode.training & ~seen), observe, lambda: tf.identity(seen))
+        return tf.cond(mode.calibrating, lambda: tf.constant(False), lambda: self._first(known))
+
+    def _observe(self, x: tf.Tensor) -> tf.Operation:
+        """Return the operation that takes a batch of inputs into the statistics."""
+        return self.statistics.update(samples_first(tf.stop_gradient(x), self.layout), self.layout.input_axis)
+
+    def _first(self, known: tf.Tensor) -> tf.Tensor:
+        """Decide the scale from what was seen, once ``known`` is there; return whether it is decided."""
         with tf.control_dependencies([known]):
             values = self.statistics.read()
         decided = tf.numpy_function(
@@ -228,8 +225,22 @@ def classic_cond(predicate: tf.Tensor, true: Callable[[], tf.Tensor], false: Cal
 
     They cost next to nothing where a step does not take them, and gradients pass them without functions.
     """
-    with _classic_control_flow():
+    with _control_flow_of_functions(False):
         return tf.compat.v1.cond(predicate, true, false)
+
+
+def rare_cond(predicate: tf.Tensor, true: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """Return ``true()`` where the predicate holds, else false; one single operation where it does not.
+
+    It is made of a function, which a step that does not take it never looks into. Gradients do not pass.
+    """
+    with _control_flow_of_functions(True):
+        result = tf.cond(predicate, true, lambda: tf.constant(False))
+    op = result.op
+    while op.type == "Identity":
+        op = op.inputs[0].op
+    op._set_attr("_lower_using_switch_merge", tf.compat.v1.AttrValue(b=False))
+    return tf.stop_gradient(result)
 
 
 def values_of(sess: Any, variables: Mapping[str, tf.Variable]) -> dict[str, NDArray[np.generic]]:
@@ -238,10 +249,18 @@ def values_of(sess: Any, variables: Mapping[str, tf.Variable]) -> dict[str, NDAr
     return values
 
 
-def restore_values(sess: Any, values: Mapping[Any, Any]) -> None:
-    """Give variables values in a session, ``None`` for the initial one; adds nothing to the graph."""
-    feeds = {v.initializer.inputs[1]: np.asarray(value, v.dtype.as_numpy_dtype) for v, value in values.items() if value is not None}
-    sess.run([variable.initializer for variable in values], feeds)
+def restore_values(sess: Any, values: Iterable[tuple[tf.Variable, Any]]) -> None:
+    """Give variables values in a session, ``None`` for the initial one; adds nothing to the graph.
+
+    Tensors are fed by name, since outside of a graph's context they cannot be keys.
+    """
+    pairs = list(values)
+    feeds = {
+        variable.initializer.inputs[1].name: np.asarray(value, variable.dtype.as_numpy_dtype)
+        for variable, value in pairs
+        if value is not None
+    }
+    sess.run([variable.initializer for variable, _ in pairs], feeds)
 
 
 def _following(gain: tf.Variable, mode: Mode) -> tf.Tensor:
@@ -264,12 +283,12 @@ def _variable(name: str, value: Any, trainable: bool = False) -> tf.Variable:
 
 
 @contextmanager
-def _classic_control_flow() -> Iterator[None]:
-    if not tf.compat.v1.control_flow_v2_enabled():
-        yield
-        return
-    tf.compat.v1.disable_control_flow_v2()
+def _control_flow_of_functions(wanted: bool) -> Iterator[None]:
+    """Choose which kind of conditionals TensorFlow makes, for the time of the block."""
+    switches = {True: tf.compat.v1.enable_control_flow_v2, False: tf.compat.v1.disable_control_flow_v2}
+    before = tf.compat.v1.control_flow_v2_enabled()
+    switches[wanted]()
     try:
         yield
     finally:
-        tf.compat.v1.enable_control_flow_v2()
+        switches[before]()
