@@ -21,6 +21,7 @@ from dopt_api.quantizer.grid import Grid
 
 __all__ = ["fake_quantize_gradients", "gain_gradient", "learned_scale", "relative_squared_error"]
 
+
 def learned_scale(scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float32]:
     r"""Return the scale in use: the one that was chosen from data, times what training has made of it.
 

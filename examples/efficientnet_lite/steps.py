@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 __all__ = ["Steps", "Track"]
 
-Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
-"""Wraps the batches of a loop, to show its progress."""
+_Batch = TypeVar("_Batch")
+
+
+class Track(Protocol):
+    """Wraps the batches of a loop, to show its progress."""
+
+    def __call__(self, batches: Iterable[_Batch], /) -> Iterable[_Batch]:
+        """Return the same batches."""
+        ...
 
 
 class Steps:
@@ -23,11 +30,10 @@ class Steps:
         seconds: How long each finished step took, by its name, in order.
 
     Example:
-        >>> import torch
         >>> steps = Steps(Console(stderr=True))
         >>> with steps.step("add") as track:
-        ...     total = sum(track([torch.tensor(1), torch.tensor(2)]))
-        >>> int(total), list(steps.seconds)
+        ...     total = sum(track([1, 2]))
+        >>> total, list(steps.seconds)
         (3, ['add'])
     """
 
@@ -42,7 +48,7 @@ class Steps:
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
             task = progress.add_task(name, total=None)
 
-            def track(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+            def track(batches: Iterable[_Batch], /) -> Iterable[_Batch]:
                 listed = list(batches)
                 progress.update(task, total=len(listed))
                 for batch in listed:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-DISTRIBUTIONS = ("dopt_api", "dopt_torch")
+DISTRIBUTIONS = ("dopt_api", "dopt_torch", "dopt_tf")
 
 
 def files_of(name: str) -> list[str]:
@@ -28,7 +28,7 @@ def test_no_wheel_makes_the_vendor_namespace_a_package(name):
 def test_wheels_hold_their_own_packages_types_and_licence_only(name):
     files = files_of(name)
     tops = {file.split("/")[0] for file in files if ".dist-info/" not in file}
-    assert tops == ({"dopt_api"} if name == "dopt_api" else {"dopt_torch", "dopt"})
+    assert tops == ({"dopt_api"} if name == "dopt_api" else {name, "dopt"})
     assert f"{name}/py.typed" in files
     assert any(file.endswith("LICENSE") for file in files)
 
@@ -53,10 +53,10 @@ def test_all_distributions_have_one_version():
 
 def test_the_installed_wheels_import_from_site_packages_and_find_each_other(tmp_path):
     code = (
-        "import dopt, dopt.dopt_torch.opt_main as vendor, dopt_api, dopt_torch\n"
+        "import dopt, dopt.dopt_tf.opt_main as other, dopt.dopt_torch.opt_main as vendor, dopt_api, dopt_tf, dopt_torch\n"
         "assert not hasattr(dopt, '__file__') or dopt.__file__ is None, dopt\n"
-        "assert 'site-packages' in dopt_api.__file__ and 'site-packages' in vendor.__file__\n"
-        "(backend,) = dopt_api.backends()\n"
-        "assert backend.name == 'torch' and backend.error == '', backend\n"
+        "assert all('site-packages' in m.__file__ for m in (dopt_api, vendor, other))\n"
+        "backends = dopt_api.backends()\n"
+        "assert [(b.name, b.error) for b in backends] == [('tf', ''), ('torch', '')], backends\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

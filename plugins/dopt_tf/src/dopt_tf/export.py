@@ -171,9 +171,7 @@ def _assign(session: Any, variable: tf.Tensor, node: NodeDef, value: NDArray[np.
         session.run(tf.raw_ops.AssignVariableOp(resource=variable, value=given), {given: value})
 
 
-def _layers(
-    session: Any, structure: Structure, plan: Plan, state: Checkpoint, outputs: list[str]
-) -> list[_Deployed]:
+def _layers(session: Any, structure: Structure, plan: Plan, state: Checkpoint, outputs: list[str]) -> list[_Deployed]:
     """Let the core quantize each layer, in the order of the graph, and add those that are folded only.
 
     Raises:
@@ -219,7 +217,9 @@ def _float_layer(session: Any, layer: Layer) -> tuple[FloatLayer, tuple[int, ...
     names = {"weight": layer.weight, "bias": layer.bias}
     if norm is not None:
         names |= {"gamma": norm.gamma, "beta": norm.beta, "mean": norm.mean, "variance": norm.variance}
-    tensors = {key: session.graph.get_tensor_by_name("{}:{}".format(*split(name))) for key, name in names.items() if name}
+    tensors = {
+        key: session.graph.get_tensor_by_name("{}:{}".format(*split(name))) for key, name in names.items() if name
+    }
     arrays = {key: np.asarray(value) for key, value in session.run(tensors).items()}
     flat: dict[str, Any] = {key: value.reshape(-1) for key, value in arrays.items()}
     normalization = None

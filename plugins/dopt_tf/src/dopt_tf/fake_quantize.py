@@ -16,6 +16,7 @@ from dopt_tf.layer_kinds import Layout, on_weight
 
 __all__ = ["fake_quantize", "fake_quantize_input", "fake_quantize_weight", "learned_scale", "weight_scale"]
 
+
 def learned_scale(scale: tf.Tensor, gain: tf.Tensor) -> tf.Tensor:
     """Return :func:`dopt_api.quantizer.learned_scale`, to the bit, differentiable in ``gain``."""
     smaller = 1.0 / (1.0 - tf.minimum(gain, 0.0))
@@ -23,7 +24,7 @@ def learned_scale(scale: tf.Tensor, gain: tf.Tensor) -> tf.Tensor:
 
 
 def fake_quantize(x: tf.Tensor, scale: tf.Tensor, low: Any, high: Any) -> tf.Tensor:
-    """Return ``clip(rint(x / scale), low, high) * scale``, float32 of the shape of ``x``, without a gradient of its own.
+    """Return ``clip(rint(x / scale), low, high) * scale``, float32 of the shape of ``x``, without a useful gradient.
 
     Args:
         x: Float32 data.

@@ -1,4 +1,4 @@
-"""What is in a graph: its layers in the order of the graph, what cannot be quantized and why, and what can be folded."""
+"""What is in a graph: its layers in order, what cannot be quantized and why, and what can be folded."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _FROM_VARIABLE = (
     *("Identity", "ReadVariableOp", "Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "ConcatV2", "Concat"),
     *("Snapshot", "StopGradient", "PreventGradient", "Enter", "RefEnter", "Switch", "RefSwitch"),
 )
+_SUMS = ("Add", "AddV2")
 _VARIABLES = ("VarHandleOp", "VariableV2", "Variable")
 _FLOATS = (tf.float32, tf.float16, tf.bfloat16, tf.float64)
 
@@ -171,7 +172,7 @@ def _notes(inference: InferenceGraph, layers: dict[str, Layer]) -> tuple[str, ..
         notes.append(f"Batch normalizations that stay, because no layer alone feeds them: {', '.join(left)}")
     if training:
         notes.append(
-            "Batch normalizations that normalize with the statistics of the batch in this graph and so cannot be folded; "
+            "Batch normalizations that use the statistics of the batch in this graph and so cannot be folded; "
             f"export from a graph that is built for inference: {', '.join(training)}"
         )
     return tuple(notes)
@@ -205,7 +206,7 @@ def _inside(graph_def: tf.compat.v1.GraphDef) -> dict[str, str]:
 
 def _in_functions(inference: InferenceGraph) -> list[LayerInfo]:
     """List what stands inside the functions that the graph calls: bodies of loops, branches, ``tf.function``."""
-    called: dict[str, str] = {}
+    called: set[tuple[str, str]] = set()
     waiting = [(node.name, node) for node in inference.nodes.values()]
     found = []
     while waiting:
@@ -213,7 +214,7 @@ def _in_functions(inference: InferenceGraph) -> list[LayerInfo]:
         for value in node.attr.values():
             for name in [value.func.name, *(function.name for function in value.list.func)]:
                 if name in inference.library and (place, name) not in called:
-                    called[place, name] = ""
+                    called.add((place, name))
                     waiting += [(f"{place}/{inner.name}", inner) for inner in inference.library[name].node_def]
         if "/" in place and node.name != place and node.op in (*KINDS, *_OTHERS):
             outer = place[: -len(node.name) - 1]
@@ -344,43 +345,59 @@ def _fused(node: NodeDef) -> Norm | None:
 
 def _unfused(inference: InferenceGraph, node: NodeDef, before: str) -> Norm | None:
     """Match ``x * m + (beta - mean * m)`` with ``m = rsqrt(variance + epsilon) * gamma``."""
+    add = _next(inference, node.name) if node.op == "Mul" else None
+    factor = _other(inference, node, before)
+    if add is None or add.op not in _SUMS or factor is None:
+        return None
+    shift = _other(inference, add, node.name)
+    scale, shifted = _scale(inference, factor), _shift(inference, shift, factor)
+    if scale is None or shifted is None:
+        return None
+    (gamma, variance, epsilon), (beta, mean) = scale, shifted
+    return Norm(add.name, gamma, beta, mean, variance, epsilon)
 
-    def at(tensor: str, *ops: str) -> NodeDef | None:
-        found = inference.nodes.get(split(inference.passed(tensor))[0])
-        return found if found is not None and found.op in ops else None
 
-    if node.op != "Mul":
+def _scale(inference: InferenceGraph, factor: str) -> tuple[str | None, str, float] | None:
+    """Return gamma, variance and epsilon of ``rsqrt(variance + epsilon) * gamma``, or ``None``."""
+    gamma, root = None, _made(inference, factor, "Rsqrt")
+    product = _made(inference, factor, "Mul")
+    if product is not None:
+        first, second = product.input[:2]
+        root, gamma = _made(inference, first, "Rsqrt"), second
+        if root is None:
+            root, gamma = _made(inference, second, "Rsqrt"), first
+    inner = None if root is None else _made(inference, root.input[0], *_SUMS)
+    if inner is None:
         return None
-    factor = next((name for name in node.input[:2] if split(inference.passed(name))[0] != before), None)
-    add = _next(inference, node.name)
-    if factor is None or add is None or add.op not in ("Add", "AddV2"):
+    for variance, added in (inner.input[:2], inner.input[1::-1]):
+        epsilon = _made(inference, added, "Const")
+        if epsilon is not None:
+            return gamma, variance, _decimal(tf.make_ndarray(epsilon.attr["value"].tensor))
+    return None
+
+
+def _shift(inference: InferenceGraph, shift: str | None, factor: str) -> tuple[str | None, str] | None:
+    """Return beta and mean of ``beta - mean * factor`` or of ``-(mean * factor)``, or ``None``."""
+    difference = None if shift is None else _made(inference, shift, "Sub", "Neg")
+    product = None if difference is None else _made(inference, difference.input[-1], "Mul")
+    if difference is None or product is None:
         return None
-    factor = inference.passed(factor)
-    shift = next((name for name in add.input[:2] if split(inference.passed(name))[0] != node.name), None)
-    gamma, root = None, at(factor, "Rsqrt")
-    if root is None:
-        product = at(factor, "Mul")
-        if product is None:
-            return None
-        for one, other in (product.input[:2], product.input[1::-1]):
-            if at(one, "Rsqrt") is not None:
-                root, gamma = at(one, "Rsqrt"), other
-    inner = None if root is None else at(root.input[0], "Add", "AddV2")
-    if inner is None or shift is None:
-        return None
-    epsilon = next((n for name in inner.input[:2] if (n := at(name, "Const")) is not None), None)
-    variance = next((name for name in inner.input[:2] if at(name, "Const") is None), None)
-    difference = at(shift, "Sub")
-    beta = None if difference is None else difference.input[0]
-    scaled = at(shift, "Neg") if difference is None else difference
-    moved = None if scaled is None else at(scaled.input[-1], "Mul")
-    if moved is None or epsilon is None or variance is None:
-        return None
-    passed = [inference.passed(name) for name in moved.input[:2]]
+    passed = [inference.passed(name) for name in product.input[:2]]
     if factor not in passed:
         return None
-    mean = passed[1 - passed.index(factor)]
-    return Norm(add.name, gamma, beta, mean, variance, _decimal(tf.make_ndarray(epsilon.attr["value"].tensor)))
+    return difference.input[0] if difference.op == "Sub" else None, passed[1 - passed.index(factor)]
+
+
+def _made(inference: InferenceGraph, tensor: str, *ops: str) -> NodeDef | None:
+    """Return the node that makes a tensor, past identities, if it is one of these operations."""
+    found = inference.nodes.get(split(inference.passed(tensor))[0])
+    return found if found is not None and found.op in ops else None
+
+
+def _other(inference: InferenceGraph, node: NodeDef, one: str) -> str | None:
+    """Return the operand of a node that does not come from ``one``, past identities."""
+    passed = [inference.passed(name) for name in node.input[:2]]
+    return next((name for name in passed if split(name)[0] != one), None)
 
 
 def _decimal(value: Any) -> float:

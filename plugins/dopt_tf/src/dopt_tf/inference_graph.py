@@ -15,12 +15,10 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.compat.v1 import GraphDef, NodeDef
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph_def
 
-__all__ = ["InferenceGraph", "in_gradients", "is_training_node", "source_of", "split"]
-
-NodeDef = tf.compat.v1.NodeDef
-GraphDef = tf.compat.v1.GraphDef
+__all__ = ["InferenceGraph", "NodeDef", "in_gradients", "is_training_node", "source_of", "split"]
 
 NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 _RANDOM = re.compile("Random|Multinomial")
@@ -31,6 +29,8 @@ _TRAINING = re.compile(
 _GRADIENTS = re.compile(r"(^|/)gradients(_\d+)?/")
 _PASSING = ("Identity", "Snapshot", "StopGradient", "PreventGradient", "CheckNumerics", "IdentityN")
 _IFS = ("If", "StatelessIf")
+_SWITCHES = ("Switch", "RefSwitch")
+_MERGES = ("Merge", "RefMerge")
 
 
 def in_gradients(name: str) -> bool:
@@ -160,7 +160,11 @@ class InferenceGraph:
         for node in self.nodes.values():
             if node.op == "PlaceholderWithDefault" and node.name not in self.values:
                 default = self.nodes.get(split(node.input[0])[0])
-                if default is not None and default.op == "Const" and node.attr["dtype"].type == tf.bool.as_datatype_enum:
+                if (
+                    default is not None
+                    and default.op == "Const"
+                    and node.attr["dtype"].type == tf.bool.as_datatype_enum
+                ):
                     self.values[node.name] = bool(tf.make_ndarray(default.attr["value"].tensor))
 
     def _predicate(self, tensor: str) -> tuple[str, bool] | None:
@@ -183,15 +187,15 @@ class InferenceGraph:
                 source, index = split(name)
                 users.setdefault(source, []).append((node, index))
         for switch in list(self.nodes.values()):
-            if switch.op not in ("Switch", "RefSwitch") or in_gradients(switch.name):
+            if switch.op not in _SWITCHES or in_gradients(switch.name):
                 continue
             for taken in (False, True):
                 waiting = [node for node, index in users.get(switch.name, []) if index == int(taken)]
                 seen: set[str] = set()
                 while waiting:
                     node = waiting.pop()
-                    if node.name in seen or node.op in ("Merge", "RefMerge", "Switch", "RefSwitch"):
-                        if node.op in ("Merge", "RefMerge") and self._moments(switch.input[0]):
+                    if node.name in seen or node.op in (*_MERGES, *_SWITCHES):
+                        if node.op in _MERGES and self._moments(switch.input[0]):
                             yield switch.input[1], taken, "training"  # the moments of the batch are chosen here
                         continue
                     seen.add(node.name)
@@ -271,7 +275,7 @@ class InferenceGraph:
             if index < 0:
                 return f"^{split(arguments[name])[0]}" if name in arguments else f"^{prefix}/{name}"
             if name in arguments:
-                return arguments[name]
+                return str(arguments[name])
             return f"{prefix}/{name}:{index}" if index else f"{prefix}/{name}"
 
         result: dict[str, NodeDef] = {}
@@ -292,37 +296,17 @@ class InferenceGraph:
 
     def _resolve(self) -> None:
         """Replace each ``Switch`` and ``Merge`` whose predicate is known by identities, and drop the dead branches."""
-        dead: set[tuple[str, int]] = set()
-        gone: set[str] = set()
-        pending = list(self.nodes.values())
-        while pending:  # nodes of functions and of loops need not stand in order
-            later = []
-            for node in pending:
-                if node.op in ("Switch", "RefSwitch"):
-                    known = self._known(node.input[1])
-                    if known is not None:
-                        dead.add((node.name, int(not known)))
-                inputs = [split(name) for name in node.input]
-                dying = [(name, index) in dead or name in gone for name, index in inputs]
-                merge = node.op in ("Merge", "RefMerge")
-                dies = all(dying) if merge else any(dying)
-                if dying and dies and node.name not in gone:
-                    gone.add(node.name)
-                elif node.name not in gone:
-                    later.append(node)
-            if len(later) == len(pending):
-                break
-            pending = later
-        fed: set[str] = set()
+        dead, gone = self._dead()
+        fed = {source for name in gone for source in _sources(self.nodes[name])}
+        for name in gone:
+            del self.nodes[name]
         for node in list(self.nodes.values()):
-            if node.name in gone:
-                del self.nodes[node.name]
-                fed |= _sources(node)
-            elif node.op in ("Merge", "RefMerge"):
-                alive = [n for n in node.input if split(n)[0] not in gone and split(n) not in dead]
-                if len(alive) == 1 and len(alive) < sum(not n.startswith("^") for n in node.input):
+            if node.op in _MERGES:
+                data = [name for name in node.input if not name.startswith("^")]
+                alive = [name for name in data if split(name)[0] not in gone and split(name) not in dead]
+                if len(alive) == 1 < len(data):
                     self.nodes[node.name] = _identity(node.name, alive[0], node.attr["T"].type)
-            elif node.op in ("Switch", "RefSwitch") and self._known(node.input[1]) is not None:
+            elif node.op in _SWITCHES and self._known(node.input[1]) is not None:
                 self.nodes[node.name] = _identity(node.name, node.input[0], node.attr["T"].type)
                 fed.add(node.name)
         for node in list(self.nodes.values()):
@@ -333,6 +317,22 @@ class InferenceGraph:
             constant.attr["dtype"].type = tf.bool.as_datatype_enum
             constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
             self.nodes[name] = constant
+
+    def _dead(self) -> tuple[set[tuple[str, int]], set[str]]:
+        """Return the outputs of switches, and the nodes, that no step in inference computes."""
+        dead: set[tuple[str, int]] = set()
+        gone: set[str] = set()
+        for switch in self.nodes.values():
+            if switch.op in _SWITCHES and (known := self._known(switch.input[1])) is not None:
+                dead.add((switch.name, int(not known)))
+        before = -1
+        while before != len(gone):  # nodes of functions and of loops need not stand in order
+            before = len(gone)
+            for node in self.nodes.values():
+                dying = [split(name) in dead or split(name)[0] in gone for name in node.input]
+                if dying and (all(dying) if node.op in _MERGES else any(dying)):
+                    gone.add(node.name)
+        return dead, gone
 
     def _rewire(self, node: NodeDef, inputs: list[str]) -> None:
         """Give a node other inputs, in a copy."""

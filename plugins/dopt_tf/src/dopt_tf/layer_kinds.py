@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tensorflow as tf
+from tensorflow.compat.v1 import NodeDef
 
 __all__ = ["KINDS", "LayerKind", "Layout", "layout_of", "on_weight", "samples_first"]
 
@@ -62,7 +63,7 @@ class Layout:
     samples_last: bool = False
 
 
-def layout_of(node: tf.compat.v1.NodeDef, weight: int) -> Layout:
+def layout_of(node: NodeDef, weight: int) -> Layout:
     """Return the layout of an operation of one of the :data:`KINDS`.
 
     Args:

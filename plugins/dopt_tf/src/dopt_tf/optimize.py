@@ -122,7 +122,7 @@ def start(sess: Any) -> None:
 def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
     """Switch calibration on or off in a session.
 
-    While it is on, steps that take the quantized path (``quant_flag`` positive) compute in float and collect statistics.
+    While it is on, steps with a positive ``quant_flag`` compute in float and collect statistics.
     Feed the graph's own training flag as for inference: batch normalization then behaves as deployed.
 
     Args:
@@ -222,7 +222,9 @@ def _read(graph: tf.Graph, tensor: str, structure: Structure) -> tf.Tensor:
     """Return the value of the variable or constant that a tensor of the graph in inference is read from."""
     node = source_of(structure.graph, tensor)
     if node is None:
-        raise ModelError(f"The tensor {tensor!r} is read from no variable", expected="a batch normalization of variables")
+        raise ModelError(
+            f"The tensor {tensor!r} is read from no variable", expected="a batch normalization of variables"
+        )
     source = graph.get_operation_by_name(node.name).outputs[0]
     if node.op == "VarHandleOp":
         return tf.raw_ops.ReadVariableOp(resource=source, dtype=tf.as_dtype(node.attr["dtype"].type))
@@ -308,7 +310,7 @@ def _check_effect(sess: Any, graph: tf.Graph, quantization: Quantization) -> Non
                 "The session has already run this graph and would go on with the operations as they were",
                 where=f"operation {name!r}",
                 expected="a session that has run nothing yet",
-                fix="Build the graph anew, make a new session, and call optimize_model before anything is run or loaded.",
+                fix="Build the graph anew in a new session, and call optimize_model before anything is run or loaded.",
             )
         return
 

@@ -95,7 +95,7 @@ def require_tensorflow() -> None:
         raise BackendError(
             f"The tf backend needs TensorFlow, which does not import: {error}",
             expected="TensorFlow 2.8 or newer, in any of its distributions",
-            fix="pip install tensorflow (or: pip install 'dopt-tf[tensorflow]'; tensorflow-cpu and tensorflow-gpu do too)",
+            fix="pip install tensorflow, or tensorflow-cpu, or tensorflow-gpu (or: pip install 'dopt-tf[tensorflow]')",
         ) from error
 
 

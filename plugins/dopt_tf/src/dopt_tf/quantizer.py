@@ -94,7 +94,6 @@ class LayerQuantizer:
         A calibration step takes the input into the statistics and stays float. A scale that is not decided is decided
         by a pending calibration (as from a checkpoint) or, in training, by this very batch.
         """
-
         ready = self.ready.read_value() > 0
         due = mode.quantizing & (mode.calibrating | ~ready)
         decided = rare_cond(due, lambda: self._observe_or_decide(x, mode))

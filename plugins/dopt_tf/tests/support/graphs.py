@@ -30,7 +30,9 @@ def batch_norm(y, training=False, *, fused=True, resource=True, axis=-1, scope="
         gamma = weight("gamma", [channels], resource=resource, initializer=v1.ones_initializer())
         beta = weight("beta", [channels], resource=resource, initializer=v1.zeros_initializer())
         mean = weight("moving_mean", [channels], resource=resource, trainable=False, initializer=v1.zeros_initializer())
-        var = weight("moving_variance", [channels], resource=resource, trainable=False, initializer=v1.ones_initializer())
+        var = weight(
+            "moving_variance", [channels], resource=resource, trainable=False, initializer=v1.ones_initializer()
+        )
         layout = "NHWC" if axis == -1 else "NCHW"
 
         def of_batch():

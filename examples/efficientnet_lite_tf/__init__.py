@@ -1,0 +1,1 @@
+"""EfficientNet-Lite0 in a TensorFlow session graph: from strategy file to deployable model."""
