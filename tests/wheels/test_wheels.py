@@ -53,7 +53,8 @@ def test_all_distributions_have_one_version():
 
 def test_the_installed_wheels_import_from_site_packages_and_find_each_other(tmp_path):
     code = (
-        "import dopt, dopt.dopt_tf.opt_main as other, dopt.dopt_torch.opt_main as vendor, dopt_api, dopt_tf, dopt_torch\n"
+        "import dopt, dopt_api, dopt_tf, dopt_torch\n"
+        "import dopt.dopt_tf.opt_main as other, dopt.dopt_torch.opt_main as vendor\n"
         "assert not hasattr(dopt, '__file__') or dopt.__file__ is None, dopt\n"
         "assert all('site-packages' in m.__file__ for m in (dopt_api, vendor, other))\n"
         "backends = dopt_api.backends()\n"

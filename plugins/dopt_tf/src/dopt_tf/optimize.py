@@ -141,17 +141,18 @@ def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
         return
     quantizers = [site.quantizer for site in quantization.sites.values()]
     if calibration_mode:
-        for quantizer in quantizers:
-            quantizer.start_calibration(raw)
-        restore_values(raw, [(quantization.calibrating, True)])
+        forgotten = [pair for quantizer in quantizers for pair in quantizer.start_calibration()]
+        restore_values(raw, [*forgotten, (quantization.calibrating, True)])
         return
-    restore_values(raw, [(quantization.calibrating, False)])
+    seen = raw.run([quantizer.statistics.parts for quantizer in quantizers])
+    decided: list[tuple[tf.Variable, Any]] = [(quantization.calibrating, False)]
     failures: list[CalibrationError] = []
-    for quantizer in quantizers:
+    for quantizer, statistics in zip(quantizers, seen, strict=True):
         try:
-            quantizer.conclude(raw)
+            decided += quantizer.conclude(statistics)
         except CalibrationError as error:  # noqa: PERF203  # each layer fails or not by itself
             failures.append(error)
+    restore_values(raw, decided)
     if failures:
         raise most_of(failures)
 

@@ -18,7 +18,7 @@ from dopt_tf.fake_quantize import fake_quantize_input, fake_quantize_weight, lea
 from dopt_tf.layer_kinds import Layout, on_weight, samples_first
 from dopt_tf.statistics import DeviceStatistics, probe
 
-__all__ = ["SCOPE", "LayerQuantizer", "Mode", "classic_cond", "rare_cond", "restore_values", "values_of"]
+__all__ = ["SCOPE", "LayerQuantizer", "Mode", "classic_cond", "rare_cond", "restore_values"]
 
 SCOPE = "dopt_quantizer"
 """The name scope of every variable of a quantizer."""
@@ -74,19 +74,19 @@ class LayerQuantizer:
 
     # ---- deciding the scales
 
-    def start_calibration(self, sess: Any) -> None:
-        """Forget earlier statistics."""
-        restore_values(sess, [(variable, None) for variable in [self.ready, *self.statistics.parts.values()]])
+    def start_calibration(self) -> list[tuple[tf.Variable, Any]]:
+        """Return what is to be restored so that earlier statistics are forgotten."""
+        return [(variable, None) for variable in [self.ready, *self.statistics.parts.values()]]
 
-    def conclude(self, sess: Any) -> None:
-        """Let the core turn the statistics into scale and zero point.
+    def conclude(self, statistics: Mapping[str, NDArray[np.generic]]) -> list[tuple[tf.Variable, Any]]:
+        """Let the core turn statistics into scale and zero point; return what is to be restored.
 
         Raises:
             CalibrationError: There were no data, or NaN or infinity among them.
         """
-        scale, zero_point = self._decide(values_of(sess, self.statistics.parts))
-        targets = (self.input_scale, self.input_zero_point, self.ready, self.input_gain)
-        restore_values(sess, zip(targets, (scale, zero_point, 1, None), strict=True))
+        scale, zero_point = self._decide(statistics)
+        decided = [(self.input_scale, scale), (self.input_zero_point, zero_point)]
+        return [*decided, (self.ready, 1), (self.input_gain, None)]
 
     def prepare(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
         """Return whether this step quantizes the layer, after seeing to it that the scale is decided.
@@ -240,12 +240,6 @@ def rare_cond(predicate: tf.Tensor, true: Callable[[], tf.Tensor]) -> tf.Tensor:
         op = op.inputs[0].op
     op._set_attr("_lower_using_switch_merge", tf.compat.v1.AttrValue(b=False))
     return tf.stop_gradient(result)
-
-
-def values_of(sess: Any, variables: Mapping[str, tf.Variable]) -> dict[str, NDArray[np.generic]]:
-    """Return the values of variables in a session; adds nothing to the graph."""
-    values: dict[str, NDArray[np.generic]] = sess.run(dict(variables))
-    return values
 
 
 def restore_values(sess: Any, values: Iterable[tuple[tf.Variable, Any]]) -> None:
