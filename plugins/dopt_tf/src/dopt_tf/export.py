@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,17 +158,22 @@ def _loaded(graph: tf.Graph, inference: InferenceGraph, state: Checkpoint) -> It
             for node in inference.nodes.values():
                 if node.op in ("VarHandleOp", "VariableV2", "Variable"):
                     value = state.value_of(known[node.name]) if node.name in known else state.get(node.name)
-                    _assign(session, aside.get_operation_by_name(node.name).outputs[0], node, value)
+                    _assign(session, aside.get_operation_by_name(node.name).outputs[0], node, value, inference.nodes)
             yield session
 
 
-def _assign(session: Any, variable: tf.Tensor, node: NodeDef, value: NDArray[np.generic]) -> None:
+def _assign(
+    session: Any, variable: tf.Tensor, node: NodeDef, value: NDArray[np.generic], known: Container[str]
+) -> None:
     if node.op != "VarHandleOp":
         given = tf.compat.v1.placeholder(variable.dtype.base_dtype, value.shape)
         session.run(tf.raw_ops.Assign(ref=variable, value=given, validate_shape=False).op, {given: value})
     else:
         given = tf.compat.v1.placeholder(tf.as_dtype(node.attr["dtype"].type), value.shape)
         session.run(tf.raw_ops.AssignVariableOp(resource=variable, value=given), {given: value})
+        read = f"{node.name}/Read/ReadVariableOp"  # by which the freezing knows a variable's value
+        if read not in known:
+            tf.raw_ops.ReadVariableOp(resource=variable, dtype=given.dtype, name=read)
 
 
 def _layers(session: Any, structure: Structure, plan: Plan, state: Checkpoint, outputs: list[str]) -> list[_Deployed]:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from dopt_api.errors import ConfigError, ModelError
 from dopt_api.types import LayerInfo, ModelLayers
 from dopt_tf.inference_graph import NORMS, InferenceGraph, NodeDef, in_gradients, source_of, split
-from dopt_tf.layer_kinds import KINDS, Layout, layout_of
+from dopt_tf.layer_kinds import KINDS, Layout, channelwise_shape, layout_of
 
 __all__ = ["Layer", "Norm", "Structure", "find_layers", "graph_of", "quantization_of"]
 
@@ -276,8 +276,9 @@ def _fed(nodes: dict[str, NodeDef], tensor: str) -> bool:
 def _layer(graph: tf.Graph, inference: InferenceGraph, node: NodeDef, weight: int) -> Layer:
     """Follow what comes after an operation as far as it can be folded into it."""
     layout = layout_of(node, weight)
-    shape = graph.get_operation_by_name(node.name).outputs[0].shape
-    channels = shape[layout.output_axis] if shape.rank else None
+    name, index = split(node.input[weight])
+    shape = graph.get_tensor_by_name(f"{name}:{index}").shape
+    channels = channelwise_shape(shape.as_list(), layout)[layout.weight_axis] if shape.is_fully_defined() else None
     bias, bias_node, norm, last = None, None, None, node.name
     if layout.output_axis == 0 or channels is None:
         return Layer(node.name, layout, node.input[weight], None, None, last)
@@ -294,7 +295,7 @@ def _layer(graph: tf.Graph, inference: InferenceGraph, node: NodeDef, weight: in
 def _next(inference: InferenceGraph, name: str) -> NodeDef | None:
     """Return the only node that takes what a node gives, past identities; or ``None``."""
     users = inference.users(name)
-    while len(users) == 1 and users[0][0].op == "Identity":
+    while len(users) == 1 and users[0][0].op in ("Identity", "EnsureShape"):
         name = users[0][0].name
         users = inference.users(name)
     return users[0][0] if len({user.name for user, _ in users}) == 1 == len(users) else None

@@ -27,7 +27,7 @@ _TRAINING = re.compile(
     "^MergeV2Checkpoints$|Summary|^WriteFile$|Grad$|GradV[23]$|BackpropFilter|^Queue"
 )
 _GRADIENTS = re.compile(r"(^|/)gradients(_\d+)?/")
-_PASSING = ("Identity", "Snapshot", "StopGradient", "PreventGradient", "CheckNumerics", "IdentityN")
+_PASSING = ("Identity", "EnsureShape", "Snapshot", "StopGradient", "PreventGradient", "CheckNumerics", "IdentityN")
 _IFS = ("If", "StatelessIf")
 _SWITCHES = ("Switch", "RefSwitch")
 _MERGES = ("Merge", "RefMerge")

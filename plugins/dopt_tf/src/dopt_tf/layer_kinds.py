@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
 from tensorflow.compat.v1 import NodeDef
 
-__all__ = ["KINDS", "LayerKind", "Layout", "layout_of", "on_weight", "samples_first"]
+__all__ = ["KINDS", "LayerKind", "Layout", "channelwise_shape", "layout_of", "on_weight", "samples_first"]
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,9 @@ def on_weight(values: tf.Tensor, dims: int, layout: Layout) -> tf.Tensor:
 def samples_first(x: tf.Tensor, layout: Layout) -> tf.Tensor:
     """Return a layer's input as a batch, samples first."""
     return tf.transpose(x) if layout.samples_last else x
+
+
+def channelwise_shape(shape: Sequence[int], layout: Layout) -> list[int]:
+    """Return the shape of a weight with its output channels on one axis, from its own."""
+    *spatial, channels, multiplier = shape
+    return [*spatial, channels * multiplier] if layout.merged else list(shape)

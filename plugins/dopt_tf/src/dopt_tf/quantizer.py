@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dopt_api.quantizer import activation_parameters
 from dopt_api.types import LayerPlan
 from dopt_tf.fake_quantize import fake_quantize_input, fake_quantize_weight, learned_scale, weight_scale
-from dopt_tf.layer_kinds import Layout, on_weight, samples_first
+from dopt_tf.layer_kinds import Layout, channelwise_shape, on_weight, samples_first
 from dopt_tf.statistics import DeviceStatistics, probe
 
 __all__ = ["SCOPE", "LayerQuantizer", "Mode", "classic_cond", "rare_cond", "restore_values"]
@@ -214,9 +214,8 @@ def channelwise(weight: Any, layout: Layout) -> Any:
     """Return a weight (tensor or array) with its output channels on one axis."""
     if not layout.merged:
         return weight
-    height, width, channels, multiplier = (int(size) for size in weight.shape)
     reshape = np.reshape if isinstance(weight, np.ndarray) else tf.reshape
-    return reshape(weight, (height, width, channels * multiplier))
+    return reshape(weight, channelwise_shape([int(size) for size in weight.shape], layout))
 
 
 def classic_cond(predicate: tf.Tensor, true: Callable[[], tf.Tensor], false: Callable[[], tf.Tensor]) -> tf.Tensor:
