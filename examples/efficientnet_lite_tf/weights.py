@@ -35,7 +35,7 @@ def read_torch_weights(path: Path) -> dict[str, _Array]:
             state: dict[str, _Array] = tensors.load()
             for key in _Unpickler(file).load():
                 _fill(tensors.storages[key], file)
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise OSError(f"{path} is not a torch checkpoint of the old kind: {error}") from error
     return state
 

@@ -71,6 +71,7 @@ def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
     graph = graph_of(sess)
     _refuse_finished(graph)
     structure: Structure = plan.model_layers.structure
+    functions = any(op.type in _REWRITTEN_BY_GRADIENTS for op in graph.get_operations())
     with graph.as_default(), tf.control_dependencies(None), graph.name_scope(f"{SCOPE}/"):
         quantizing = _flag(graph, quant_flag, "quant_flag", tf.int32) > 0
         training = _flag(graph, is_train_flag, "is_train_flag", tf.bool)
@@ -94,7 +95,7 @@ def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
         known_ones = [tf.raw_ops.VarIsInitializedOp(resource=variable.handle) for variable in quantization.variables]
         quantization.initialized = tf.stack(known_ones)
     graph.dopt_quantization = quantization
-    if not any(op.type in _REWRITTEN_BY_GRADIENTS for op in graph.get_operations()):
+    if not functions:
         start(sess)
     return sess
 

@@ -79,6 +79,8 @@ def probe(x: tf.Tensor, channel_axis: int) -> tf.Tensor:
     sizes = x.shape.as_list()
     channels = channel_axis % len(sizes)
     inner = [axis for axis in range(1, len(sizes)) if axis != channels]
+    if not inner:
+        return x
     if all(sizes[axis] is not None for axis in (channels, *inner)):
         return x[lattice((1, *sizes[1:]), channels)]
     shape = tf.shape(x)
