@@ -1,0 +1,90 @@
+"""What crosses the backends: both installed at once, each for its own models, with the same numbers."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dopt_api
+from dopt_api.errors import ModelError
+from dopt_api.params import read_params
+
+
+def test_both_backends_are_listed_without_importing_a_framework():
+    code = (
+        "import sys, dopt_api\n"
+        "assert [(b.name, b.error) for b in dopt_api.backends()] == [('tf', ''), ('torch', '')]\n"
+        "assert not {'torch', 'tensorflow'} & set(sys.modules)\n"
+        "import dopt.dopt_tf.opt_main, dopt.dopt_torch.opt_main\n"
+        "assert not {'torch', 'tensorflow'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def choose_all(path):
+    content = json.loads(path.read_text())
+    for layer in content["layer_strategy"].values():
+        layer["quant_strategy"] = "Quant_INT8-8"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_same_layer_has_the_same_numbers_in_both(tmp_path):
+    import tensorflow as tf
+    import torch
+
+    v1 = tf.compat.v1
+    numbers = np.random.default_rng(0)
+    kernel, bias = numbers.standard_normal((6, 4, 3, 3)).astype("f"), numbers.standard_normal(6).astype("f")
+    data = numbers.standard_normal((5, 4, 9, 9)).astype("f")
+
+    conv = torch.nn.Conv2d(4, 6, 3)
+    conv.load_state_dict({"weight": torch.from_numpy(kernel), "bias": torch.from_numpy(bias)})
+    model = torch.nn.Sequential(conv).eval()
+    config = choose_all(dopt_api.generate_config(model, "x:1,4,9,9", tmp_path / "torch.json"))
+    quantized = dopt_api.optimize(model, config)
+    dopt_api.set_calibrate_state(quantized, True)
+    quantized(torch.from_numpy(data))
+    dopt_api.set_calibrate_state(quantized, False)
+    with torch.no_grad():
+        one = quantized(torch.from_numpy(data)).numpy()
+    torch.save(quantized.state_dict(), tmp_path / "quant.pth")
+    (tmp_path / "torch").mkdir()
+    (first,) = read_params(dopt_api.export(model, config, tmp_path / "quant.pth", tmp_path / "torch").params).layers
+
+    def build():
+        x = v1.placeholder(tf.float32, [None, 9, 9, 4], name="x")
+        value = np.ascontiguousarray(kernel.transpose(2, 3, 1, 0))
+        w = v1.get_variable("kernel", value.shape, initializer=v1.constant_initializer(value), use_resource=True)
+        b = v1.get_variable("bias", [6], initializer=v1.constant_initializer(bias), use_resource=True)
+        return x, tf.nn.bias_add(tf.nn.conv2d(x, w, 1, "VALID"), b, name="y")
+
+    with tf.Graph().as_default(), v1.Session() as sess:
+        build()
+        config = choose_all(dopt_api.generate_config(sess, None, tmp_path / "tf.json"))
+    with tf.Graph().as_default(), v1.Session() as sess:
+        x, y = build()
+        dopt_api.optimize(sess, config, is_train_flag=False, quant_flag=1)
+        sess.run(v1.global_variables_initializer())
+        dopt_api.set_calibrate_state(sess, True)
+        sess.run(y, {x: data.transpose(0, 2, 3, 1)})
+        dopt_api.set_calibrate_state(sess, False)
+        other = sess.run(y, {x: data.transpose(0, 2, 3, 1)}).transpose(0, 3, 1, 2)
+        saved = v1.train.Saver().save(sess, str(tmp_path / "quant"))
+    with tf.Graph().as_default(), v1.Session() as sess:
+        build()
+        (second,) = read_params(dopt_api.export(sess, config, saved, tmp_path, output_names=["y"]).params).layers
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    for part in ("input", "weight"):
+        assert getattr(first, part).scale == getattr(second, part).scale
+        assert getattr(first, part).zero_point == getattr(second, part).zero_point
+    assert first.bias.scale == second.bias.scale
+
+
+def test_a_model_of_the_other_framework_is_refused_by_name():
+    import torch
+
+    with pytest.raises(ModelError, match="The backend 'tf' does not handle a torch"):
+        dopt_api.generate_config(torch.nn.Linear(2, 2), "x:1,2", backend="tf")
