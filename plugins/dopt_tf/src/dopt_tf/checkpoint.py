@@ -33,7 +33,9 @@ class Checkpoint:
         try:
             self._reader = tf.train.load_checkpoint(_existing(self.path))
             self._names = self._reader.get_variable_to_shape_map()
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # the reader has many kinds for damaged data
             raise CheckpointError(
                 f"The checkpoint {self.path!r} cannot be read: {str(error).strip().splitlines()[0]}",
                 where=str(Path(self.path).absolute()),
@@ -92,7 +94,7 @@ class Checkpoint:
             )
         try:
             return np.asarray(self._reader.get_tensor(name))
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        except Exception as error:  # the reader has many kinds for damaged data
             raise CheckpointError(
                 f"The variable {name!r} cannot be read from the checkpoint {self.path!r}: {str(error).splitlines()[0]}",
                 where=str(Path(self.path).absolute()),

@@ -183,25 +183,26 @@ def _inside(graph_def: tf.compat.v1.GraphDef) -> dict[str, str]:
     depths: dict[str, tuple[int, int]] = {}
     loops = {node.name for node in graph_def.node if node.op == "LoopCond"}
     repeated = {node.name for node in graph_def.node if node.op in ("NextIteration", "RefNextIteration")}
-    reasons = {}
-    for node in graph_def.node:
-        names = [split(name)[0] for name in node.input]
-        given = [depths.get(name, (0, 0)) for name in names] or [(0, 0)]
-        branch, loop = max(depth[0] for depth in given), max(depth[1] for depth in given)
-        if node.op in ("Switch", "RefSwitch"):
-            branch += split(node.input[1])[0] not in loops
-        elif node.op in ("Merge", "RefMerge"):
-            branch -= not repeated.intersection(names)
-        elif node.op in ("Enter", "RefEnter"):
-            loop += 1
-        elif node.op in ("Exit", "RefExit"):
-            loop -= 1
-        depths[node.name] = max(branch, 0), max(loop, 0)
-        if loop > 0:
-            reasons[node.name] = _IN_LOOP
-        elif branch > 0:
-            reasons[node.name] = _IN_BRANCH
-    return reasons
+
+    for _ in range(100):  # a switch may stand behind what it feeds
+        before = dict(depths)
+        for node in graph_def.node:
+            names = [split(name)[0] for name in node.input]
+            given = [depths.get(name, (0, 0)) for name in names] or [(0, 0)]
+            branch, loop = max(depth[0] for depth in given), max(depth[1] for depth in given)
+            if node.op in ("Switch", "RefSwitch"):
+                branch += split(node.input[1])[0] not in loops
+            elif node.op in ("Merge", "RefMerge"):
+                branch -= not repeated.intersection(names)
+            elif node.op in ("Enter", "RefEnter"):
+                loop += 1
+            elif node.op in ("Exit", "RefExit"):
+                loop -= 1
+            depths[node.name] = max(branch, 0), max(loop, 0)
+        if before == depths:
+            break
+    inside = {name: depth for name, depth in depths.items() if depth != (0, 0)}
+    return {name: _IN_LOOP if loop else _IN_BRANCH for name, (_, loop) in inside.items()}
 
 
 def _in_functions(inference: InferenceGraph) -> list[LayerInfo]:
