@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,16 @@ from dopt_api.errors import CalibrationError, ModelError, most_of
 from dopt_api.types import Plan
 from dopt_tf.find_layers import Layer, Norm, Structure, graph_of, quantization_of
 from dopt_tf.inference_graph import in_gradients, is_training_node, source_of
-from dopt_tf.quantizer import SCOPE, LayerQuantizer, Mode, channelwise, classic_cond, restore_values
+from dopt_tf.quantizer import (
+    SCOPE,
+    LayerQuantizer,
+    Mode,
+    Preparation,
+    channelwise,
+    classic_cond,
+    replaced,
+    restore_values,
+)
 
 __all__ = ["Quantization", "get_quant_loss", "optimize", "set_calibrate_state", "start"]
 
@@ -27,7 +37,7 @@ class _Site:
     active: tf.Tensor
     given: tf.Tensor
     weight: tf.Tensor
-    factor: tf.Tensor | None
+    factor: Callable[[], tf.Tensor | None]
 
 
 @dataclass(eq=False)
@@ -85,13 +95,14 @@ def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
         known = tf.raw_ops.VarIsInitializedOp(resource=calibrating.handle)  # a session may restore without it
         on = classic_cond(known, calibrating.read_value, lambda: tf.constant(False))
         quantization = Quantization(Mode(quantizing, on, training), calibrating, {}, structure)
+        preparation = Preparation()
         for name, layer_plan in plan.quantized.items():
             op = graph.get_operation_by_name(name)
             layer = structure.layers[name]
             weight = op.inputs[layer.layout.weight]
             channels = channelwise(weight, layer.layout).shape[layer.layout.weight_axis]
             quantizer = LayerQuantizer(layer_plan, layer.layout, int(channels))
-            quantization.sites[name] = _rewrite(graph, op, layer, quantizer, quantization.mode, structure)
+            quantization.sites[name] = _rewrite(graph, op, layer, quantizer, quantization.mode, preparation, structure)
         known_ones = [tf.raw_ops.VarIsInitializedOp(resource=variable.handle) for variable in quantization.variables]
         quantization.initialized = tf.stack(known_ones)
     graph.dopt_quantization = quantization
@@ -190,15 +201,24 @@ def _raw_session(sess: Any) -> Any:
 
 
 def _rewrite(
-    graph: tf.Graph, op: tf.Operation, layer: Layer, quantizer: LayerQuantizer, mode: Mode, structure: Structure
+    graph: tf.Graph,
+    op: tf.Operation,
+    layer: Layer,
+    quantizer: LayerQuantizer,
+    mode: Mode,
+    preparation: Preparation,
+    structure: Structure,
 ) -> _Site:
     """Let one operation take a quantized input and weight, where a step says so."""
     given, weight = op.inputs[layer.layout.input], op.inputs[layer.layout.weight]
     with graph.name_scope(f"{SCOPE}/{op.name}/"), graph.device(op.device):
-        factor = _factor(graph, layer.norm, structure)
-        active = quantizer.prepare(given, mode)
-        x = classic_cond(active, lambda: quantizer.quantize_input(given, mode), lambda: tf.identity(given))
-        w = classic_cond(active, lambda: quantizer.quantize_weight(weight, factor, mode), lambda: tf.identity(weight))
+
+        def factor() -> tf.Tensor | None:
+            return _factor(graph, layer.norm, structure)
+
+        active = quantizer.prepare(given, mode, preparation)
+        x = replaced(given, active, lambda x: quantizer.quantize_input(x, mode))
+        w = replaced(weight, active, lambda weight: quantizer.quantize_weight(weight, factor(), mode))
     x.set_shape(given.shape)
     w.set_shape(weight.shape)
     op._update_input(layer.layout.input, x)
@@ -207,7 +227,7 @@ def _rewrite(
 
 
 def _error_of(site: _Site, mode: Mode) -> Any:
-    return lambda: site.quantizer.error(site.given, site.weight, site.factor, mode)
+    return lambda: site.quantizer.error(site.given, site.weight, site.factor(), mode)
 
 
 def _factor(graph: tf.Graph, norm: Norm | None, structure: Structure) -> tf.Tensor | None:

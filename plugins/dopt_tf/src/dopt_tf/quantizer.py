@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,13 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from dopt_api.quantizer import activation_parameters
+from dopt_api.quantizer import Statistics, activation_parameters
 from dopt_api.types import LayerPlan
-from dopt_tf.fake_quantize import fake_quantize_input, fake_quantize_weight, learned_scale, weight_scale
+from dopt_tf.fake_quantize import learned_fake_quantize, learned_scale, weight_scale
 from dopt_tf.layer_kinds import Layout, channelwise_shape, on_weight, samples_first
-from dopt_tf.statistics import DeviceStatistics, probe
+from dopt_tf.statistics import DeviceStatistics, arrangement, merge, probe
 
-__all__ = ["SCOPE", "LayerQuantizer", "Mode", "classic_cond", "rare_cond", "restore_values"]
+__all__ = ["SCOPE", "LayerQuantizer", "Mode", "Preparation", "classic_cond", "replaced", "restore_values"]
 
 SCOPE = "dopt_quantizer"
 """The name scope of every variable of a quantizer."""
@@ -67,10 +66,14 @@ class LayerQuantizer:
         self._warned = False
 
     @property
+    def decided(self) -> list[tf.Variable]:
+        """The variables that are set when the scale is decided."""
+        return [self.input_scale, self.input_zero_point, self.ready, self.input_gain]
+
+    @property
     def variables(self) -> list[tf.Variable]:
         """Every variable of the quantizer."""
-        own = [self.input_scale, self.input_zero_point, self.ready, self.input_gain, self.weight_gain]
-        return own + list(self.statistics.parts.values())
+        return [*self.decided, self.weight_gain, *self.statistics.parts.values()]
 
     # ---- deciding the scales
 
@@ -88,7 +91,7 @@ class LayerQuantizer:
         decided = [(self.input_scale, scale), (self.input_zero_point, zero_point)]
         return [*decided, (self.ready, 1), (self.input_gain, None)]
 
-    def prepare(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
+    def prepare(self, x: tf.Tensor, mode: Mode, preparation: Preparation) -> tf.Tensor:
         """Return whether this step quantizes the layer, after seeing to it that the scale is decided.
 
         A calibration step takes the input into the statistics and stays float. A scale that is not decided is decided
@@ -96,51 +99,12 @@ class LayerQuantizer:
         """
         ready = self.ready.read_value() > 0
         due = mode.quantizing & (mode.calibrating | ~ready)
-        decided = rare_cond(due, lambda: self._observe_or_decide(x, mode))
+        data = samples_first(tf.stop_gradient(x), self.layout)
+        decided = preparation.run(self, due, data, mode)
         return mode.quantizing & ~mode.calibrating & (ready | decided)
 
-    def _observe_or_decide(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
-        """Do what a step has to do before the scale can be used; return whether it can."""
-        parts = self.statistics.parts
-        seen = parts["samples"].read_value() + parts["non_finite"].read_value() > 0
-
-        def observe() -> tf.Tensor:
-            with tf.control_dependencies([self._observe(x)]):
-                return tf.constant(True)
-
-        known = tf.cond(mode.calibrating | (mode.training & ~seen), observe, lambda: tf.identity(seen))
-        return tf.cond(mode.calibrating, lambda: tf.constant(False), lambda: self._first(known))
-
-    def _observe(self, x: tf.Tensor) -> tf.Operation:
-        """Return the operation that takes a batch of inputs into the statistics."""
-        return self.statistics.update(samples_first(tf.stop_gradient(x), self.layout), self.layout.input_axis)
-
-    def _first(self, known: tf.Tensor) -> tf.Tensor:
-        """Decide the scale from what was seen, once ``known`` is there; return whether it is decided."""
-        with tf.control_dependencies([known]):
-            values = self.statistics.read()
-        decided = tf.numpy_function(
-            lambda *arrays: self._decide_or_warn(dict(zip(values, arrays, strict=True))),
-            list(values.values()),
-            [tf.float32, tf.int32, tf.uint8],
-        )
-        targets = (self.input_scale, self.input_zero_point, self.ready, self.input_gain)
-        updates = [
-            variable.assign(tf.reshape(value, []), read_value=False)
-            for variable, value in zip(targets, (*decided, 0.0), strict=True)
-        ]
-        with tf.control_dependencies(updates):
-            return tf.reshape(decided[2] > 0, [])
-
-    def _decide(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, int]:
-        return activation_parameters(
-            DeviceStatistics.to_core(values),
-            self.plan.strategy.activation,
-            layer=self.plan.name,
-            method=self.plan.range_method,
-        )
-
-    def _decide_or_warn(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, np.int32, np.uint8]:
+    def decide_or_warn(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, np.int32, np.uint8]:
+        """Return scale, zero point and whether they are decided, from the statistics of a step, if they saw data."""
         if int(values["samples"]) + int(values["non_finite"]):
             scale, zero_point = self._decide(values)
             return scale, np.int32(zero_point), np.uint8(1)
@@ -152,12 +116,20 @@ class LayerQuantizer:
             )
         return np.float32(1.0), np.int32(0), np.uint8(0)
 
+    def _decide(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, int]:
+        return activation_parameters(
+            DeviceStatistics.to_core(values),
+            self.plan.strategy.activation,
+            layer=self.plan.name,
+            method=self.plan.range_method,
+        )
+
     # ---- quantizing
 
     def quantize_input(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
         """Return the fake-quantized input, of the dtype of ``x``."""
         scale = self.learned_input_scale(mode)
-        return tf.cast(fake_quantize_input(tf.cast(x, tf.float32), scale, *self._bounds()), x.dtype)
+        return tf.cast(learned_fake_quantize(tf.cast(x, tf.float32), scale, *self._bounds()), x.dtype)
 
     def quantize_weight(self, weight: tf.Tensor, factor: tf.Tensor | None, mode: Mode) -> tf.Tensor:
         """Return the fake-quantized weight, of its own dtype and shape.
@@ -168,17 +140,15 @@ class LayerQuantizer:
                 what is quantized; the result is divided by the factor, since the normalization runs after the layer.
             mode: What the step is.
         """
-        data, folding = self._folding(weight, factor)
-        scale = self._learned_weight_scale(data if folding is None else data * folding, mode)
-        result = fake_quantize_weight(data, scale, folding, self.plan.strategy.weight, self.layout)
-        return tf.cast(tf.reshape(result, tf.shape(weight)), weight.dtype)
+        grid = self.plan.strategy.weight
+        folded, folding, step = self._folded(weight, factor, mode)
+        result = learned_fake_quantize(folded, step, grid.qmin, grid.qmax)
+        return tf.cast(tf.reshape(result if folding is None else result / folding, tf.shape(weight)), weight.dtype)
 
     def error(self, x: tf.Tensor, weight: tf.Tensor, factor: tf.Tensor | None, mode: Mode) -> tf.Tensor:
         """Return the relative squared error of the folded weight plus, in training, of the probed inputs."""
         grid = self.plan.strategy.weight
-        data, folding = self._folding(weight, factor)
-        folded = data if folding is None else data * folding
-        step = on_weight(self._learned_weight_scale(folded, mode), folded.shape.rank, self.layout)
+        folded, _, step = self._folded(weight, factor, mode)
         weight_error = _relative_error(folded, step, float(grid.qmin), float(grid.qmax))
 
         def input_error() -> tf.Tensor:
@@ -191,23 +161,115 @@ class LayerQuantizer:
         """Return the scale in use, ``[]``, differentiable in the gain in training."""
         return learned_scale(self.input_scale.read_value(), _following(self.input_gain, mode))
 
-    def _learned_weight_scale(self, folded: tf.Tensor, mode: Mode) -> tf.Tensor:
-        """Return the scales in use of the folded weight, ``[C]``, differentiable in the gains in training."""
-        derived = weight_scale(folded, self.plan.strategy.weight, self.layout.weight_axis)
-        return learned_scale(derived, _following(self.weight_gain, mode))
+    def _folded(
+        self, weight: tf.Tensor, factor: tf.Tensor | None, mode: Mode
+    ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
+        """Return the folded weight in its channelwise shape, float32, what folding multiplied it by, and its scales.
 
-    def _folding(self, weight: tf.Tensor, factor: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Return the weight in its channelwise shape, float32, and the factor so that it multiplies it."""
+        The scales are differentiable in the gains in training; they and the factor have the rank of the weight.
+        """
         data = channelwise(tf.cast(weight, tf.float32), self.layout)
+        if factor is not None:
+            factor = tf.where(tf.equal(factor, 0.0), 1.0, factor)
+        derived = weight_scale(data, self.plan.strategy.weight, self.layout.weight_axis, factor)
+        scale = learned_scale(derived, _following(self.weight_gain, mode))
+        step = on_weight(scale, data.shape.rank, self.layout)
         if factor is None:
-            return data, None
-        return data, on_weight(tf.where(tf.equal(factor, 0.0), 1.0, factor), data.shape.rank, self.layout)
+            return data, None, step
+        folding = on_weight(factor, data.shape.rank, self.layout)
+        return data * folding, folding, step
 
     def _bounds(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the ends of the input's grid, less its zero point, float32."""
         grid = self.plan.strategy.activation
         zero_point = self.input_zero_point.read_value()
         return tf.cast(grid.qmin - zero_point, tf.float32), tf.cast(grid.qmax - zero_point, tf.float32)
+
+
+class Preparation:
+    """What a step does for a layer before its scale can be used: one function for all layers.
+
+    TensorFlow prepares a function when it first runs; one for each layer would cost seconds.
+    """
+
+    def __init__(self) -> None:
+        """Start without layers."""
+        self._quantizers: list[LayerQuantizer] = []
+        self._empty = {name: np.asarray(part) for name, part in Statistics().arrays().items()}
+        self._branches: dict[tf.DType, list[Any]] = {}
+
+    def _functions(self, dtype: tf.DType) -> list[Any]:
+        """Return what is done where it is due and where it is not, for inputs of a dtype."""
+        integer, flag, resource = (tf.TensorSpec([], kind) for kind in (tf.int32, tf.bool, tf.resource))
+        batch = [tf.TensorSpec(None, dtype), tf.TensorSpec([4], tf.int32), tf.TensorSpec([None], tf.int32)]
+        signature = [integer, flag, flag, *batch, *[resource] * (len(self._empty) + 4)]
+        return [
+            tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
+            for function in (self._observe_or_decide, lambda *_: tf.constant(False))
+        ]
+
+    def run(self, quantizer: LayerQuantizer, due: tf.Tensor, x: tf.Tensor, mode: Mode) -> tf.Tensor:
+        """Return whether the scale is decided after a step; false where nothing is ``due``. Gradients do not pass."""
+        index = len(self._quantizers)
+        self._quantizers.append(quantizer)
+        handles = [variable.handle for variable in (*quantizer.statistics.parts.values(), *quantizer.decided)]
+        arranged = arrangement(x, quantizer.layout.input_axis)
+        if x.dtype not in self._branches:
+            self._branches[x.dtype] = self._functions(x.dtype)
+        taken, not_taken = self._branches[x.dtype]
+        taken.add_to_graph(due.graph)
+        not_taken.add_to_graph(due.graph)
+        (result,) = tf.raw_ops.If(
+            cond=due,
+            input=[tf.constant(index), mode.calibrating, mode.training, x, *arranged, *handles],
+            Tout=[tf.bool],
+            then_branch=taken,
+            else_branch=not_taken,
+        )
+        return tf.reshape(result, [])
+
+    def _observe_or_decide(
+        self,
+        index: tf.Tensor,
+        calibrating: tf.Tensor,
+        training: tf.Tensor,
+        x: tf.Tensor,
+        shape: tf.Tensor,
+        positions: tf.Tensor,
+        *handles: tf.Tensor,
+    ) -> tf.Tensor:
+        """Do what a step has to do before the scale can be used; return whether it can."""
+        parts = dict(zip(self._empty, handles[: len(self._empty)], strict=True))
+        values = self._read(parts)
+        seen = values["samples"] + values["non_finite"] > 0
+
+        def observe() -> tf.Tensor:
+            for name, value in merge(values, tf.reshape(x, shape), positions).items():
+                tf.raw_ops.AssignVariableOp(resource=parts[name], value=value)
+            return tf.constant(True)
+
+        def decide() -> tf.Tensor:
+            return self._decide(index, self._read(parts), handles[len(self._empty) :])
+
+        tf.cond(calibrating | (training & ~seen), observe, lambda: tf.constant(False))
+        return tf.cond(calibrating, lambda: tf.constant(False), decide)
+
+    def _read(self, parts: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {
+            name: tf.ensure_shape(tf.raw_ops.ReadVariableOp(resource=handle, dtype=model.dtype), model.shape)
+            for (name, handle), model in zip(parts.items(), self._empty.values(), strict=True)
+        }
+
+    def _decide(self, index: tf.Tensor, values: Mapping[str, tf.Tensor], targets: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Decide the scale from what was seen; return whether it is decided."""
+        decided = tf.numpy_function(
+            lambda index, *arrays: self._quantizers[index].decide_or_warn(dict(zip(values, arrays, strict=True))),
+            [index, *values.values()],
+            [tf.float32, tf.int32, tf.uint8],
+        )
+        for target, value in zip(targets, (*decided, tf.constant(0.0)), strict=True):
+            tf.raw_ops.AssignVariableOp(resource=target, value=tf.reshape(value, []))
+        return tf.reshape(decided[2] > 0, [])
 
 
 def channelwise(weight: Any, layout: Layout) -> Any:
@@ -223,22 +285,23 @@ def classic_cond(predicate: tf.Tensor, true: Callable[[], tf.Tensor], false: Cal
 
     They cost next to nothing where a step does not take them, and gradients pass them without functions.
     """
-    with _control_flow_of_functions(False):
+    functions = tf.compat.v1.control_flow_v2_enabled()
+    tf.compat.v1.disable_control_flow_v2()
+    try:
         return tf.compat.v1.cond(predicate, true, false)
+    finally:
+        if functions:
+            tf.compat.v1.enable_control_flow_v2()
 
 
-def rare_cond(predicate: tf.Tensor, true: Callable[[], tf.Tensor]) -> tf.Tensor:
-    """Return ``true()`` where the predicate holds, else false; one single operation where it does not.
+def replaced(x: tf.Tensor, predicate: tf.Tensor, replace: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Return ``replace(x)`` where the predicate holds, else ``x``.
 
-    It is made of a function, which a step that does not take it never looks into. Gradients do not pass.
+    One switch has both ways, so that no gradient of the size of ``x`` is filled with zeros for the way not taken.
     """
-    with _control_flow_of_functions(True):
-        result = tf.cond(predicate, true, lambda: tf.constant(False))
-    op = result.op
-    while op.type == "Identity":
-        op = op.inputs[0].op
-    op._set_attr("_lower_using_switch_merge", tf.compat.v1.AttrValue(b=False))
-    return tf.stop_gradient(result)
+    kept, taken = tf.raw_ops.Switch(data=x, pred=predicate)
+    with tf.control_dependencies([taken]):
+        return tf.raw_ops.Merge(inputs=[kept, replace(taken)]).output
 
 
 def restore_values(sess: Any, values: Iterable[tuple[tf.Variable, Any]]) -> None:
@@ -272,15 +335,3 @@ def _relative_error(x: tf.Tensor, step: tf.Tensor, low: Any, high: Any) -> tf.Te
 
 def _variable(name: str, value: Any, trainable: bool = False) -> tf.Variable:
     return tf.compat.v1.Variable(value, name=name, trainable=trainable, use_resource=True)
-
-
-@contextmanager
-def _control_flow_of_functions(wanted: bool) -> Iterator[None]:
-    """Choose which kind of conditionals TensorFlow makes, for the time of the block."""
-    switches = {True: tf.compat.v1.enable_control_flow_v2, False: tf.compat.v1.disable_control_flow_v2}
-    before = tf.compat.v1.control_flow_v2_enabled()
-    switches[wanted]()
-    try:
-        yield
-    finally:
-        switches[before]()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dopt_api.quantizer import Statistics, lattice
 from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT, PROBED
 
-__all__ = ["DeviceStatistics", "probe"]
+__all__ = ["DeviceStatistics", "arrangement", "merge", "probe"]
 
 
 class DeviceStatistics:
@@ -33,73 +33,101 @@ class DeviceStatistics:
             for name, part in Statistics().arrays().items()
         }
 
-    def read(self) -> dict[str, tf.Tensor]:
-        """Return the parts as they are when the tensors are computed."""
-        return {name: variable.read_value() for name, variable in self.parts.items()}
-
-    def update(self, x: tf.Tensor, channel_axis: int) -> tf.Operation:
-        """Return the operation that takes in a batch ``[N, ...]``, samples first, as the core does, to the bit."""
-        own = self.read()
-        low, high = _extremes(x)
-        finite = tf.math.is_finite(low) & tf.math.is_finite(high)
-        count = tf.reduce_sum(tf.cast(finite, tf.int64))
-        kept = tf.where(finite, tf.stack([low, high]), 0.0)
-        peak = tf.reduce_max(tf.maximum(-kept[0], kept[1]))
-        exponent = _exponent(tf.maximum(peak, 2.0 ** (LOWEST_EXPONENT - 1)))
-        exponent = tf.maximum(exponent, own["exponent"])
-        total = tf.shape(finite, tf.int64)[0]
-        # samples that are left out get bin -1, which is cut off
-        probed = tf.cast(tf.reshape(probe(x, channel_axis), tf.stack([total, -1])), tf.float32)
-        probed = tf.where(finite[:, tf.newaxis], probed, 0.0)
-        bins = tf.cast(probed * _power_of_two(11 - exponent, tf.float32), tf.int32) + HALF_BINS
-        bins = tf.where(finite[:, tf.newaxis], bins, 0)
-        new = tf.raw_ops.Bincount(arr=tf.reshape(bins, [-1]), size=BINS + 1, weights=tf.zeros([0], tf.int64))[1:]
-        infinite = tf.constant(np.inf, tf.float32)
-        merged = {
-            "samples": own["samples"] + count,
-            "non_finite": own["non_finite"] + total - count,
-            # adding 0 makes -0.0 into 0.0
-            "minimum": tf.minimum(own["minimum"], tf.reduce_min(tf.where(finite, low, infinite))) + 0.0,
-            "maximum": tf.maximum(own["maximum"], tf.reduce_max(tf.where(finite, high, -infinite))) + 0.0,
-            "sums": own["sums"] + _limbs(kept),
-            "exponent": exponent,
-            "counts": _coarsen(own["counts"], exponent - own["exponent"]) + new,
-        }
-        with tf.control_dependencies(list(merged.values())):
-            return tf.group(*(self.parts[name].assign(value, read_value=False) for name, value in merged.items()))
-
     @staticmethod
     def to_core(values: Mapping[str, NDArray[np.generic]]) -> Statistics:
         """Return the core's statistics from the values of the parts."""
         return Statistics.from_arrays(values)
 
 
+def merge(own: Mapping[str, tf.Tensor], x: tf.Tensor, positions: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Return the parts of statistics that have taken in a batch, as the core does, to the bit.
+
+    Args:
+        own: The parts before.
+        x: The batch in the shape ``[N, before, inner, after]`` of :func:`arrangement`.
+        positions: Which of the inner positions the histogram looks at.
+    """
+    low, high = _extremes(x)
+    finite = tf.math.is_finite(low) & tf.math.is_finite(high)
+    kept = tf.where(finite, tf.stack([low, high]), 0.0)
+    peak = tf.reduce_max(tf.maximum(-kept[0], kept[1]))
+    exponent = tf.maximum(_exponent(tf.maximum(peak, 2.0 ** (LOWEST_EXPONENT - 1))), own["exponent"])
+    probed = tf.gather(x, positions, axis=2)
+    probed = tf.cond(tf.reduce_all(finite), lambda: probed, lambda: tf.boolean_mask(probed, finite))
+    bins = tf.cast(tf.cast(probed, tf.float32) * _power_of_two(11 - exponent, tf.float32), tf.int32)
+    counts = tf.raw_ops.Bincount(
+        arr=tf.reshape(bins, [-1]) + (HALF_BINS - 1), size=BINS, weights=tf.zeros([0], tf.int64)
+    )
+    count = tf.reduce_sum(tf.cast(finite, tf.int64))
+    infinite = tf.constant(np.inf, tf.float32)
+    return {
+        "samples": own["samples"] + count,
+        "non_finite": own["non_finite"] + tf.shape(finite, tf.int64)[0] - count,
+        # adding 0 makes -0.0 into 0.0
+        "minimum": tf.minimum(own["minimum"], tf.reduce_min(tf.where(finite, low, infinite))) + 0.0,
+        "maximum": tf.maximum(own["maximum"], tf.reduce_max(tf.where(finite, high, -infinite))) + 0.0,
+        "sums": own["sums"] + _limbs(kept),
+        "exponent": exponent,
+        "counts": _coarsen(own["counts"], exponent - own["exponent"]) + counts,
+    }
+
+
 def probe(x: tf.Tensor, channel_axis: int) -> tf.Tensor:
-    """Return the elements of a batch that :func:`dopt_api.quantizer.lattice` chooses; shapes may be open."""
+    """Return the elements of a batch that :func:`dopt_api.quantizer.lattice` chooses, ``[N, before, P, after]``."""
+    shape, positions = arrangement(x, channel_axis)
+    return tf.gather(tf.reshape(x, shape), positions, axis=2)
+
+
+def arrangement(x: tf.Tensor, channel_axis: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return how a batch stands with its inner axes as one, and which of their positions are probed.
+
+    Gathering positions copies all channels of one at once where channels are last. Shapes may be open.
+
+    Args:
+        x: The batch, samples first.
+        channel_axis: 1 or the last.
+
+    Returns:
+        The shape ``[-1, before, inner, after]``, where one of ``before`` and ``after`` is the channels and the other 1,
+        and the positions ``[P]``; both int32.
+    """
     sizes = x.shape.as_list()
     channels = channel_axis % len(sizes)
     inner = [axis for axis in range(1, len(sizes)) if axis != channels]
-    if not inner:
-        return x
-    if all(sizes[axis] is not None for axis in (channels, *inner)):
-        return x[lattice((1, *sizes[1:]), channels)]
     shape = tf.shape(x)
+    size = shape[channels] if sizes[channels] is None else sizes[channels]
+    if not inner:
+        count, positions = 1, np.zeros(1, np.int32)
+    elif None in sizes[1:]:
+        count, positions = tf.reduce_prod(tf.gather(shape, inner)), _open_positions(shape, channels, inner)
+    else:
+        chosen = lattice((1, *sizes[1:]), channels)
+        numbers = np.arange(prod(sizes[axis] for axis in inner), dtype=np.int32)
+        positions = numbers.reshape([sizes[axis] for axis in inner])[tuple(chosen[axis] for axis in inner)].ravel()
+        count = numbers.size
+    return tf.stack([-1, size, count, 1] if channels == 1 else [-1, 1, count, size]), tf.convert_to_tensor(positions)
+
+
+def _open_positions(shape: tf.Tensor, channels: int, inner: list[int]) -> tf.Tensor:
+    """Return the positions where sizes are known in a step only."""
     allowed = tf.maximum(1, PROBED // tf.maximum(1, shape[channels]))
-    open_sizes = tf.gather(shape, inner)
-    strides = tf.range(1, tf.reduce_max(open_sizes) + 2)[:, tf.newaxis]
-    starts = tf.where(strides > 1, tf.minimum(strides // 2, open_sizes - 1), 0)
-    counts = -((starts - open_sizes) // strides)
+    sizes = tf.gather(shape, inner)
+    strides = tf.range(1, tf.reduce_max(sizes) + 2)[:, tf.newaxis]
+    starts = tf.where(strides > 1, tf.minimum(strides // 2, sizes - 1), 0)
+    counts = -((starts - sizes) // strides)
     fitting = tf.reduce_prod(tf.cast(counts, tf.int64), 1) <= tf.cast(allowed, tf.int64)
-    stride = tf.cast(tf.argmax(tf.cast(fitting, tf.int32)), tf.int32) + 1
-    start = tf.where(stride > 1, tf.minimum(stride // 2, shape - 1), tf.zeros_like(shape))
-    chosen = np.isin(np.arange(len(sizes)), inner)
-    return tf.strided_slice(x, tf.where(chosen, start, 0), shape, tf.where(chosen, stride, 1))
+    least = tf.argmax(tf.cast(fitting, tf.int32))
+    stride, start = strides[least, 0], starts[least]
+    positions = tf.zeros([1], tf.int32)
+    for i in range(len(inner)):
+        positions = tf.reshape(positions[:, tf.newaxis] * sizes[i] + tf.range(start[i], sizes[i], stride), [-1])
+    return positions
 
 
 def _extremes(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the least and the greatest value of each sample, float32 ``[N]``."""
-    sizes = x.shape.as_list()[1:]
-    rows = tf.reshape(x, [-1, prod(sizes)] if None not in sizes else tf.stack([tf.shape(x)[0], -1]))
+    shape = tf.shape(x)
+    rows = tf.reshape(x, tf.stack([shape[0], tf.reduce_prod(shape[1:])]))
     return tf.cast(tf.reduce_min(rows, 1), tf.float32), tf.cast(tf.reduce_max(rows, 1), tf.float32)
 
 
