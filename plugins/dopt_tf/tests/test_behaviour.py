@@ -91,6 +91,7 @@ def test_any_positive_flag_takes_the_quantized_path_and_zero_does_not(quantized,
         lambda: (np.bool_(False), np.int64(1)),
         lambda: (v1.placeholder_with_default(False, []), tf.constant(1, tf.int64)),
         lambda: (tf.constant(False), tf.constant(True)),
+        lambda: tuple(v1.placeholder_with_default(value, None) for value in (False, 1)),
     ],
 )
 def test_flags_of_every_form(config_of, make):

@@ -211,6 +211,7 @@ def _rewrite(
 ) -> _Site:
     """Let one operation take a quantized input and weight, where a step says so."""
     given, weight = op.inputs[layer.layout.input], op.inputs[layer.layout.weight]
+    given.set_shape([None] * weight.shape.rank)  # the kinds of layers take inputs of the weight's rank
     with graph.name_scope(f"{SCOPE}/{op.name}/"), graph.device(op.device):
 
         def factor() -> tf.Tensor | None:
@@ -270,7 +271,7 @@ def _flag(graph: tf.Graph, value: Any, name: str, dtype: tf.DType) -> tf.Tensor:
         raise ModelError(f"The {name} {value.name!r} belongs to another graph", where=name, expected=expected)
     if value.shape.rank not in (None, 0):
         raise ModelError(f"The {name} {value.name!r} has the shape {value.shape}", where=name, expected=expected)
-    return tf.cast(value, dtype)
+    return tf.cast(tf.ensure_shape(value, []), dtype)  # a placeholder made without a shape says nothing of its rank
 
 
 def _refuse_final(graph: tf.Graph) -> None:
@@ -311,7 +312,7 @@ def _check_effect(sess: Any, graph: tf.Graph, quantization: Quantization) -> Non
     for name in quantization.sites:
         op, layout = graph.get_operation_by_name(name), quantization.structure.layers[name].layout
         given, weight = op.inputs[layout.input], op.inputs[layout.weight]
-        if len(op.inputs) > 2 or not weight.shape.is_fully_defined() or given.shape.rank is None:
+        if len(op.inputs) > 2 or not weight.shape.is_fully_defined() or given.shape[layout.input_axis] is None:
             continue
         reach = max([1, *weight.shape.as_list()])
         sizes = [1 if axis == 0 else reach if size is None else size for axis, size in enumerate(given.shape.as_list())]

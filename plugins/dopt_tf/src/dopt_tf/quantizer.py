@@ -205,7 +205,7 @@ class Preparation:
         signature = [integer, flag, flag, *batch, *[resource] * (len(self._empty) + 4)]
         return [
             tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
-            for function in (self._observe_or_decide, lambda *_: tf.constant(False))
+            for function in (self._observe_or_decide, self._stay_undecided)
         ]
 
     def run(self, quantizer: LayerQuantizer, due: tf.Tensor, x: tf.Tensor, mode: Mode) -> tf.Tensor:
@@ -227,6 +227,10 @@ class Preparation:
             else_branch=not_taken,
         )
         return tf.reshape(result, [])
+
+    @staticmethod
+    def _stay_undecided(*inputs: tf.Tensor) -> tf.Tensor:  # noqa: ARG004  # both branches take the same
+        return tf.constant(False)
 
     def _observe_or_decide(
         self,

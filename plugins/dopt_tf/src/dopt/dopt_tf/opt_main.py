@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dopt_api
+from dopt_tf.plugin import require_tensorflow
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -139,6 +140,7 @@ def generate_final_model(
 
 def float_variables(graph: tf.Graph) -> list[tf.Variable]:
     """Return the variables of a graph other than those of quantizers; see :mod:`dopt_tf.checkpoint`."""
+    require_tensorflow()
     from dopt_tf import checkpoint  # noqa: PLC0415  # TensorFlow is imported when it is needed
 
     return checkpoint.float_variables(graph)
@@ -150,6 +152,7 @@ def restore_float_checkpoint(sess: Any, path: StrPath) -> None:
     Raises:
         CheckpointError: It is missing or unreadable, or lacks a variable of the model.
     """
+    require_tensorflow()
     from dopt_tf import checkpoint  # noqa: PLC0415  # see above
 
     checkpoint.restore_float_checkpoint(sess, Path(path))
