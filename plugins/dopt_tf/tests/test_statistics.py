@@ -3,36 +3,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from collector import Collector
 from graphs import session
 
 from dopt_api.quantizer import Statistics, lattice
-from dopt_tf.statistics import DeviceStatistics, arrangement, merge, probe
+from dopt_tf.statistics import probe, rectified
 
 v1 = tf.compat.v1
-
-
-class Collector:
-    """Statistics of a placeholder, in a session of their own."""
-
-    def __init__(self, sess, shape, axis):
-        self.sess, self.x = sess, v1.placeholder(tf.float32, shape)
-        self.statistics = DeviceStatistics()
-        parts = self.statistics.parts
-        shape, positions = arrangement(self.x, axis)
-        before = {name: part.read_value() for name, part in parts.items()}
-        after = merge(before, tf.reshape(self.x, shape), positions)
-        with tf.control_dependencies(list(after.values())):
-            self.step = tf.group(*(parts[name].assign(value) for name, value in after.items()))
-        self.reset()
-
-    def reset(self):
-        self.sess.run([variable.initializer for variable in self.statistics.parts.values()])
-
-    def __call__(self, *batches):
-        self.reset()
-        for batch in batches:
-            self.sess.run(self.step, {self.x: batch})
-        return self.sess.run(self.statistics.parts)
 
 
 def check(found, batches, axis):
@@ -57,6 +34,28 @@ def test_batches_of_any_split_give_the_core_s_statistics(shape, axis, known):
             batches = np.split(data, split[:-1])
             check(collect(*batches), batches, axis)
         check(collect(data[::-1]), [data], axis)
+
+
+def test_what_is_known_not_to_be_negative_gives_the_same_statistics():
+    rng = np.random.default_rng(0)
+    batch = np.maximum(rng.standard_normal((4, 6, 5, 3)), 0).astype(np.float32)
+    bad, few, negative_zero = batch.copy(), batch + np.float32(0.25), np.where(batch == 0, np.float32(-0.0), batch)
+    bad[1, 2, 2, 0], bad[2, 0, 0, 1] = np.nan, np.inf
+    few[0, 3, 3, 1] = 0
+    with session() as (sess, _):
+        collect = Collector(sess, [None, 6, 5, 3], -1, True)
+        for batches in ([batch], [batch + 1], [few], [bad], [batch[:0], bad, few, batch], [negative_zero], [batch * 0]):
+            check(collect(*batches), batches, -1)
+
+
+def test_what_comes_from_a_rectifier_is_known_not_to_be_negative():
+    with tf.Graph().as_default():
+        x = v1.placeholder(tf.float32, [None, 4, 4, 3])
+        assert rectified(tf.identity(tf.nn.max_pool2d(tf.nn.relu6(x), 2, 2, "SAME")))
+        assert rectified(tf.reshape(tf.nn.relu(x), [-1, 48]))
+        assert not rectified(x)
+        assert not rectified(tf.nn.relu(x) + x)
+        assert not rectified(tf.nn.leaky_relu(x))
 
 
 def test_odd_batches():

@@ -15,7 +15,7 @@ from dopt_api.quantizer import Statistics, activation_parameters
 from dopt_api.types import LayerPlan
 from dopt_tf.fake_quantize import learned_fake_quantize, learned_scale, weight_scale
 from dopt_tf.layer_kinds import Layout, channelwise_shape, on_weight, samples_first
-from dopt_tf.statistics import DeviceStatistics, arrangement, merge, probe
+from dopt_tf.statistics import DeviceStatistics, arrangement, merge, probe, rectified
 
 __all__ = ["SCOPE", "LayerQuantizer", "Mode", "Preparation", "classic_cond", "replaced", "restore_values"]
 
@@ -100,7 +100,7 @@ class LayerQuantizer:
         ready = self.ready.read_value() > 0
         due = mode.quantizing & (mode.calibrating | ~ready)
         data = samples_first(tf.stop_gradient(x), self.layout)
-        decided = preparation.run(self, due, data, mode)
+        decided = preparation.run(self, due, data, rectified(x), mode)
         return mode.quantizing & ~mode.calibrating & (ready | decided)
 
     def decide_or_warn(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, np.int32, np.uint8]:
@@ -202,13 +202,13 @@ class Preparation:
         """Return what is done where it is due and where it is not, for inputs of a dtype."""
         integer, flag, resource = (tf.TensorSpec([], kind) for kind in (tf.int32, tf.bool, tf.resource))
         batch = [tf.TensorSpec(None, dtype), tf.TensorSpec([4], tf.int32), tf.TensorSpec([None], tf.int32)]
-        signature = [integer, flag, flag, *batch, *[resource] * (len(self._empty) + 4)]
+        signature = [integer, flag, flag, flag, *batch, *[resource] * (len(self._empty) + 4)]
         return [
             tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
             for function in (self._observe_or_decide, self._stay_undecided)
         ]
 
-    def run(self, quantizer: LayerQuantizer, due: tf.Tensor, x: tf.Tensor, mode: Mode) -> tf.Tensor:
+    def run(self, quantizer: LayerQuantizer, due: tf.Tensor, x: tf.Tensor, not_negative: bool, mode: Mode) -> tf.Tensor:
         """Return whether the scale is decided after a step; false where nothing is ``due``. Gradients do not pass."""
         index = len(self._quantizers)
         self._quantizers.append(quantizer)
@@ -221,7 +221,15 @@ class Preparation:
         not_taken.add_to_graph(due.graph)
         (result,) = tf.raw_ops.If(
             cond=due,
-            input=[tf.constant(index), mode.calibrating, mode.training, x, *arranged, *handles],
+            input=[
+                tf.constant(index),
+                mode.calibrating,
+                mode.training,
+                tf.constant(not_negative),
+                x,
+                *arranged,
+                *handles,
+            ],
             Tout=[tf.bool],
             then_branch=taken,
             else_branch=not_taken,
@@ -237,6 +245,7 @@ class Preparation:
         index: tf.Tensor,
         calibrating: tf.Tensor,
         training: tf.Tensor,
+        not_negative: tf.Tensor,
         x: tf.Tensor,
         shape: tf.Tensor,
         positions: tf.Tensor,
@@ -248,7 +257,7 @@ class Preparation:
         seen = values["samples"] + values["non_finite"] > 0
 
         def observe() -> tf.Tensor:
-            for name, value in merge(values, tf.reshape(x, shape), positions).items():
+            for name, value in merge(values, tf.reshape(x, shape), positions, not_negative).items():
                 tf.raw_ops.AssignVariableOp(resource=parts[name], value=value)
             return tf.constant(True)
 

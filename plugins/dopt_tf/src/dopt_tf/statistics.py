@@ -1,7 +1,7 @@
 """The TensorFlow twin of :class:`dopt_api.quantizer.Statistics`: the same parts, kept in variables of the graph.
 
-Each batch costs two reductions over the activations and a few operations on the probed elements; nothing is copied to
-Python, and memory does not grow with the number of batches.
+Each batch costs two reductions over the activations, one where they come from a rectifier, and a few operations on the
+probed elements; nothing is copied to Python, and memory does not grow with the number of batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from dopt_api.quantizer import Statistics, lattice
 from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT, PROBED
 
-__all__ = ["DeviceStatistics", "arrangement", "merge", "probe"]
+__all__ = ["DeviceStatistics", "arrangement", "merge", "probe", "rectified"]
+
+_RECTIFIERS = frozenset({"Relu", "Relu6"})
+_KEEP_SIGNS = frozenset({"Identity", "MaxPool", "Reshape", "Squeeze"})
 
 
 class DeviceStatistics:
@@ -39,20 +42,31 @@ class DeviceStatistics:
         return Statistics.from_arrays(values)
 
 
-def merge(own: Mapping[str, tf.Tensor], x: tf.Tensor, positions: tf.Tensor) -> dict[str, tf.Tensor]:
+def rectified(x: tf.Tensor) -> bool:
+    """Return whether a tensor is known to have no negative element, since a rectifier made it."""
+    op = x.op
+    while op.type in _KEEP_SIGNS:
+        op = op.inputs[0].op
+    return op.type in _RECTIFIERS
+
+
+def merge(
+    own: Mapping[str, tf.Tensor], x: tf.Tensor, positions: tf.Tensor, not_negative: tf.Tensor | bool = False
+) -> dict[str, tf.Tensor]:
     """Return the parts of statistics that have taken in a batch, as the core does, to the bit.
 
     Args:
         own: The parts before.
         x: The batch in the shape ``[N, before, inner, after]`` of :func:`arrangement`.
         positions: Which of the inner positions the histogram looks at.
+        not_negative: Whether the batch is known to have no negative element.
     """
-    low, high = _extremes(x)
+    probed = tf.gather(x, positions, axis=2)
+    low, high = _extremes(x, probed, not_negative)
     finite = tf.math.is_finite(low) & tf.math.is_finite(high)
     kept = tf.where(finite, tf.stack([low, high]), 0.0)
     peak = tf.reduce_max(tf.maximum(-kept[0], kept[1]))
     exponent = tf.maximum(_exponent(tf.maximum(peak, 2.0 ** (LOWEST_EXPONENT - 1))), own["exponent"])
-    probed = tf.gather(x, positions, axis=2)
     probed = tf.cond(tf.reduce_all(finite), lambda: probed, lambda: tf.boolean_mask(probed, finite))
     bins = tf.cast(tf.cast(probed, tf.float32) * _power_of_two(11 - exponent, tf.float32), tf.int32)
     counts = tf.raw_ops.Bincount(
@@ -124,11 +138,19 @@ def _open_positions(shape: tf.Tensor, channels: int, inner: list[int]) -> tf.Ten
     return positions
 
 
-def _extremes(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the least and the greatest value of each sample, float32 ``[N]``."""
+def _extremes(x: tf.Tensor, probed: tf.Tensor, not_negative: tf.Tensor | bool) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the least and the greatest value of each sample, float32 ``[N]``.
+
+    Where nothing is negative, a sample with a zero among its probed elements need not be searched for its least one.
+    """
     shape = tf.shape(x)
     rows = tf.reshape(x, tf.stack([shape[0], tf.reduce_prod(shape[1:])]))
-    return tf.cast(tf.reduce_min(rows, 1), tf.float32), tf.cast(tf.reduce_max(rows, 1), tf.float32)
+    with_zero = tf.reduce_any(tf.equal(probed, tf.zeros([], x.dtype)), [1, 2, 3])
+    high = tf.reduce_max(rows, 1)
+    low = tf.cond(
+        not_negative & tf.reduce_all(with_zero), lambda: tf.minimum(high, 0), lambda: tf.reduce_min(rows, 1)
+    )  # the minimum with zero hands on NaN
+    return tf.cast(low, tf.float32), tf.cast(high, tf.float32)
 
 
 def _exponent(x: tf.Tensor) -> tf.Tensor:
