@@ -126,7 +126,7 @@ def test_retraining_repairs_a_bad_calibration(trained, digits, tmp_path):
     train(quantized, digits[0], digits[1], epochs=12, rate=0.02, quant_loss=0.1)
     repaired = accuracy(quantized(digits[2]), digits[3])
     assert repaired > trained[1] - 0.03
-    assert abs(deployed_accuracy(quantized, trained, digits, tmp_path) - repaired) < 0.01
+    assert deployed_accuracy(quantized, trained, digits, tmp_path) > trained[1] - 0.03
     gains = [layer.quantizer.input_gain.value for layer in quantized.quantized_layers.values()]
     assert min(gains) < -0.1  # the ranges that were far too wide have shrunk
 
