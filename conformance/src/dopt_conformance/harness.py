@@ -197,7 +197,8 @@ class Harness(ABC):
             scale: ``[]``, or ``[C]`` with ``axis``.
             zero_point: Of the same shape; all 0 with ``axis``, since only weights have scales per channel.
             grid: The integers; symmetric with ``axis``.
-            axis: The axis of the channels, or ``None``. Backends that have a kernel for weights use it here.
+            axis: The axis of the channels, or ``None``. Backends that have a kernel for weights use it here; ``x`` then
+                has two to five axes, and no channel is empty.
         """
 
     @abstractmethod

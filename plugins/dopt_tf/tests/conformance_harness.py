@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import tensorflow as tf
 from collector import Collector
-from dopt_conformance import Harness, WrittenGraph
 from graphs import batch_norm, flags, run_pb, session, small_net, weight
 
 import dopt_api
 from dopt.dopt_tf.opt_main import float_variables, restore_float_checkpoint
 from dopt_api.params import FloatLayer
 from dopt_api.quantizer import BatchNorm
+from dopt_conformance import Harness, WrittenGraph
 from dopt_tf.fake_quantize import learned_fake_quantize, learned_scale, weight_scale
 from dopt_tf.layer_kinds import Layout, on_weight
 from dopt_tf.statistics import DeviceStatistics
