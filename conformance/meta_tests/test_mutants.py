@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from mutants import MUTANTS
 
-import dopt_numpy.conformance  # so that all modules of the backend are there to be changed
 from dopt_api import manager
 from dopt_conformance.plugin import PACKAGE
 

@@ -13,7 +13,9 @@ import numpy as np
 
 import dopt_api
 from dopt_api.params import LayerParams, QuantParams, read_params
-from dopt_api.types import ExportResult
+from dopt_api.quantizer import DEFAULT_RANGE
+from dopt_api.strategy import STRATEGIES
+from dopt_api.types import ExportResult, LayerPlan
 from dopt_conformance.harness import Batch, Float32, Harness, WrittenGraph
 
 __all__ = ["BATCH", "Deployed", "Way", "sqnr"]
@@ -21,8 +23,8 @@ __all__ = ["BATCH", "Deployed", "Way", "sqnr"]
 BATCH = 4
 """How many samples a batch has, unless a test says otherwise; what is exported runs on as many."""
 
-HEADER = "quant_strategy_for op "
-"""How the keys of a strategy file begin that list the strategies of a kind of layer."""
+HEADER = "quant_strategy_for op '{}'"
+"""The key of a strategy file that lists the strategies of a kind of layer."""
 
 
 def sqnr(wanted: Sequence[Float32], found: Sequence[Float32]) -> float:
@@ -119,10 +121,18 @@ class Way:
         def choose(content: dict[str, Any]) -> None:
             for layer, entry in content["layer_strategy"].items():
                 if only is None or layer in only:
-                    entry["quant_strategy"] = content[f"{HEADER}{entry['op_type']!r}"][0]
+                    entry["quant_strategy"] = content[HEADER.format(entry["op_type"])][0]
                     entry.update(extra)
 
         return self.edit(self.float_config(name), choose)
+
+    def plans(self, name: str, method: str = DEFAULT_RANGE) -> dict[str, LayerPlan]:
+        """Return what :meth:`config` says of each layer, as the core reads it."""
+        content = json.loads(self.config(name).read_text(encoding="utf-8"))
+        return {
+            layer: LayerPlan(layer, entry["op_type"], STRATEGIES[entry["quant_strategy"]], method)
+            for layer, entry in content["layer_strategy"].items()
+        }
 
     def edit(self, file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         """Change the content of a strategy file in place."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutants.mutant import mutant, replace
 
 from dopt_api.quantizer import fake_quantize
 from dopt_api.quantizer.affine import broadcast
+from mutants.mutant import mutant, replace
 
 LAW = "laws/test_fake_quantize.py::"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutants.mutant import mutant, replace
 
 from dopt_api.quantizer import fake_quantize, fake_quantize_gradients
 from dopt_api.quantizer.affine import broadcast
+from mutants.mutant import mutant, replace
 
 LAW = "laws/test_gradients.py::"
 

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
-from mutants.mutant import mutant, replace
 
 from dopt_api.quantizer import Statistics
+from mutants.mutant import mutant, replace
 
 LAW = "laws/test_statistics.py::"
 

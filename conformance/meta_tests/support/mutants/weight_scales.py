@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutants.mutant import mutant, replace
 
 from dopt_api.quantizer import channel_maximum, scale_zero_point
+from mutants.mutant import mutant, replace
 
 LAW = "laws/test_weight_scale.py::"
 
