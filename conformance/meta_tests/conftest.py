@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from installed import Installer
 
 from dopt_api import manager
 
 KILLS = pytest.StashKey[list]()
-
-settings.register_profile("meta", database=None)  # so that no run knows what an earlier one found
-settings.load_profile("meta")
 
 
 @pytest.fixture

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import Phase, settings
 from mutants import MUTANTS
 
 from dopt_api import manager
 from dopt_conformance.plugin import PACKAGE
 
 KILLERS = sorted({mutant.killer for mutant in MUTANTS.values()})
+
+
+class Quick:
+    """A plugin of the runs of the suite: the same examples each time, and no time is spent on making failures small."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionstart(self):
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile(
+            "quick", settings.get_profile("dopt-dev"), phases=phases, derandomize=True, database=None
+        )
+        settings.load_profile("quick")
 
 
 @pytest.fixture
@@ -20,8 +33,9 @@ def suite(pytester, monkeypatch):
         manager._loaded.cache_clear()
         result = pytester.runpytest_inprocess(
             *(str(PACKAGE / test) for test in tests),
-            *("--dopt-backend", "numpy", "--dopt-profile", "dev", "--hypothesis-seed", "0"),
+            *("--dopt-backend", "numpy"),
             *("--rootdir", str(PACKAGE), "--confcutdir", str(PACKAGE), "-p", "no:cacheprovider", "-q"),
+            plugins=[Quick()],
         )
         failed = [report for report in result.reprec.getfailures() if report.when == "call"]
         passed = {report.nodeid.partition("[")[0] for report in result.reprec.listoutcomes()[0]}

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from dopt_numpy import (
+    checkpoint,
+    conformance,
+    export,
+    find_layers,
+    onnx_graph,
+    optimize,
+    quant_loss,
+    quantized_layer,
+    quantizer,
+)
 
 __all__ = ["MUTANTS", "Mutant", "mutant", "replace"]
+
+MODULES = (checkpoint, conformance, export, find_layers, onnx_graph, optimize, quant_loss, quantized_layer, quantizer)
 
 Change = Callable[[pytest.MonkeyPatch], None]
 
@@ -48,8 +60,7 @@ def mutant(killer: str) -> Callable[[Change], Change]:
 
 def replace(patch: pytest.MonkeyPatch, name: str, value: Any) -> None:
     """Replace what the modules of the backend have imported from the core under a name, and not the core's own."""
-    modules = [module for path, module in sys.modules.items() if path.startswith("dopt_numpy.")]
-    having = [module for module in modules if name in vars(module)]
+    having = [module for module in MODULES if name in vars(module)]
     if not having:
         raise LookupError(f"no module of the backend has {name!r}")
     for module in having:
