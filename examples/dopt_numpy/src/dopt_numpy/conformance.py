@@ -25,6 +25,7 @@ from dopt_api.quantizer import (
 from dopt_api.strategy import Strategy
 from dopt_api.types import LayerPlan
 from dopt_conformance import Batch, Harness, WrittenGraph
+from dopt_conformance.way import BATCH
 from dopt_numpy.checkpoint import load_checkpoint, load_into, save_checkpoint
 from dopt_numpy.network import (
     SGD,
@@ -128,8 +129,8 @@ class NumpyHarness(Harness):
         return network
 
     def input_shape(self, name: str) -> str:
-        """Return the shape of a batch of two."""
-        return "x:" + ",".join(map(str, (2, *SHAPES[name])))
+        """Return the shape of the suite's batches."""
+        return "x:" + ",".join(map(str, (BATCH, *SHAPES[name])))
 
     def batch(self, name: str, size: int, seed: int) -> Batch:
         """Return normally distributed samples."""
