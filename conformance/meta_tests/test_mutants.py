@@ -34,7 +34,7 @@ def suite(pytester, monkeypatch):
         result = pytester.runpytest_inprocess(
             *(str(PACKAGE / test) for test in tests),
             *("--dopt-backend", "numpy"),
-            *("--rootdir", str(PACKAGE), "--confcutdir", str(PACKAGE), "-p", "no:cacheprovider", "-q"),
+            *("--rootdir", str(PACKAGE), "--confcutdir", str(PACKAGE), "-p", "no:cacheprovider", "-q", "--tb=line"),
             plugins=[Quick()],
         )
         failed = [report for report in result.reprec.getfailures() if report.when == "call"]

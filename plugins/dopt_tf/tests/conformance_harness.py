@@ -1,6 +1,7 @@
 """The TensorFlow backend as the conformance suite sees it: sessions of small graphs, and the backend's kernels."""
 
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,7 +155,7 @@ class TfHarness(Harness):
 
     def save(self, model, folder):
         with model.ready().graph.as_default():
-            return v1.train.Saver().save(model, str(folder / "model"))
+            return Path(v1.train.Saver().save(model, str(folder / "model")))
 
     def load(self, model, checkpoint):
         model.started = True
