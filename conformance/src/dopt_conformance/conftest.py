@@ -9,13 +9,15 @@ import pytest
 from dopt_api.types import BackendInfo
 from dopt_conformance.harness import Harness
 from dopt_conformance.plugin import HARNESS, INFO
+from dopt_conformance.profiles import models_in
 from dopt_conformance.way import Deployed, Way
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that take a ``name`` with each of the harness's models."""
+    """Run tests that take a ``name`` with each of the harness's models, or with the first in the profile ``dev``."""
     if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", metafunc.config.stash[HARNESS].models(), scope="session")
+        names = metafunc.config.stash[HARNESS].models()
+        metafunc.parametrize("name", names[: models_in(metafunc.config.getoption("--dopt-profile"))], scope="session")
 
 
 @pytest.fixture(scope="session")

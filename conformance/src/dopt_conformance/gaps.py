@@ -48,7 +48,7 @@ class Gap:
 
     Attributes:
         test: ``"laws/test_statistics.py::test_merging"`` for all parameters of a test, or with them
-            (``"...::test_merging[conv]"``).
+            (``"...::test_merging[conv]"``), or ``"laws/test_statistics.py"`` for every test of a file.
         kind: One of :data:`KINDS`.
         raises: The exception's name: of a built-in, of ``dopt_api.errors``, or with its module.
         reason: A sentence for users.
@@ -67,7 +67,7 @@ class Gap:
             >>> gap.matches("laws/test_a.py::test_b[conv]"), gap.matches("laws/test_a.py::test_bc")
             (True, False)
         """
-        return test == self.test or test.partition("[")[0] == self.test
+        return self.test in (test, test.partition("[")[0], test.partition("::")[0])
 
     def mark(self) -> pytest.MarkDecorator:
         """Return the mark that makes pytest expect the failure, strictly."""

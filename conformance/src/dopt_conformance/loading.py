@@ -87,8 +87,9 @@ def _installed(name: str) -> tuple[object, str]:
     if name not in points:
         known = ", ".join(map(repr, sorted(points))) or "none"
         raise pytest.UsageError(
-            f"There is no harness for the backend {name!r} (installed: {known}). Fix: pass --dopt-harness module:Class, "
-            f"or add the entry point {name!r} to the group {GROUP!r} of the distribution that has the harness."
+            f"There is no harness for the backend {name!r} (installed: {known}). "
+            f"Fix: pass --dopt-harness module:Class, or add the entry point {name!r} "
+            f"to the group {GROUP!r} of the distribution that has the harness."
         )
     point = points[name]
     try:

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dopt-harness", metavar="MODULE:CLASS", help="its harness, unless the group dopt.conformance has one"
     )
     group.addoption(
-        "--dopt-profile", choices=PROFILES, default="dev", help="how many examples of each law: %(choices)s"
+        "--dopt-profile", choices=PROFILES, default="dev", help="how many examples of each law, and models: %(choices)s"
     )
     group.addoption(
         "--dopt-known-gaps", metavar="FILE", type=Path, help=f"tests that are known to fail (default: ./{DEFAULT_FILE})"

@@ -1,6 +1,6 @@
 """The TensorFlow backend as the conformance suite sees it: sessions of small graphs, and the backend's kernels."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +21,9 @@ from dopt_tf.statistics import DeviceStatistics
 v1 = tf.compat.v1
 v1.logging.set_verbosity(v1.logging.ERROR)
 F32 = np.float32
+CONFIG = v1.ConfigProto(intra_op_parallelism_threads=2)
+# rewriting takes longer than running these small graphs; the plugin's own tests run with it
+CONFIG.graph_options.rewrite_options.disable_meta_optimizer = True
 
 
 class Model(v1.Session):
@@ -31,7 +34,7 @@ class Model(v1.Session):
         with graph.as_default():
             net = NETWORKS[name]()
             variables = v1.global_variables()
-        super().__init__(graph=graph, config=v1.ConfigProto(intra_op_parallelism_threads=2))
+        super().__init__(graph=graph, config=CONFIG)
         self.name, self.x, self.outputs = name, net.x, [net.logits]
         self.values = trained_values(variables)
         self.flags, self.steps, self.started = None, {}, False
@@ -197,9 +200,8 @@ class TfHarness(Harness):
             return sess.run(weight_scale(tf.constant(weight), grid, axis))
 
     def collect(self, batches, channel_axis):
-        inner = batches[0].shape[1:] if batches else (4,)
-        with session() as (sess, _):
-            return DeviceStatistics.to_core(Collector(sess, [None, *inner], channel_axis)(*batches))
+        rank = batches[0].ndim if batches else 2
+        return DeviceStatistics.to_core(collector(rank, channel_axis)(*batches))
 
     def learned_scale(self, scale, gain):
         return learned("y", scale, gain)
@@ -218,6 +220,14 @@ class TfHarness(Harness):
 
     def quant_loss(self, model, batch):
         return float(v1.Session.run(model.ready(), dopt_api.get_quant_loss(model), model.feeds(batch, True, False)))
+
+
+@cache
+def collector(rank, axis):
+    """Return what collects statistics of data of a rank, whatever their shape: a graph for each shape takes long."""
+    sess = v1.Session(graph=tf.Graph(), config=CONFIG)
+    with sess.graph.as_default():
+        return Collector(sess, [None] * rank, axis)
 
 
 def input_of(operation):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dopt_numpy import optimize
+from dopt_numpy import find_layers, optimize
 from dopt_numpy.quantized_layer import QuantizedLayer, QuantizedNetwork
 from dopt_numpy.quantizer import LayerQuantizer
 
@@ -110,7 +110,7 @@ def the_zero_point_of_the_range_is_off_by_one(patch: pytest.MonkeyPatch) -> None
     replace(patch, "activation_parameters", run)
 
 
-@mutant(HERE + "test_ranges_are_those_of_the_core_to_the_bit")
+@mutant(HERE + "test_a_range_contains_zero")
 def the_range_need_not_contain_zero(patch: pytest.MonkeyPatch) -> None:
     """Data of one sign get a range without 0."""
 
@@ -214,6 +214,15 @@ def calibration_of_a_float_model_is_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(HERE + "test_a_quantized_model_is_not_quantized_again")
-def a_quantized_model_is_quantized_again(patch: pytest.MonkeyPatch) -> None:
-    """A quantized model counts as one with nothing in it to quantize."""
-    replace(patch, "refuse_quantized", lambda _model: None)
+def a_quantized_model_is_returned_as_it_is(patch: pytest.MonkeyPatch) -> None:
+    """A second call does nothing, and says nothing."""
+
+    def again(model: Any, plan: Any) -> Any:
+        return model if isinstance(model, QuantizedNetwork) else first_time(model, plan)
+
+    def listed(model: Any, input_shape: str | None) -> Any:
+        return model.plan.model_layers if isinstance(model, QuantizedNetwork) else find(model, input_shape)
+
+    first_time, find = optimize.optimize, find_layers.find_layers
+    patch.setattr(optimize, "optimize", again)
+    patch.setattr(find_layers, "find_layers", listed)

@@ -23,7 +23,7 @@ def gains_are_not_trained(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(QuantizedLayer, "own_parameters", lambda self: self.layer.own_parameters())
 
 
-@mutant(HERE + "test_training_descends_and_moves_weights_and_scales")
+@mutant(HERE + "test_learned_scales_are_exported")
 def learned_scales_of_weights_are_not_exported(patch: pytest.MonkeyPatch) -> None:
     """The file has the scales from before training."""
 

@@ -78,12 +78,6 @@ def the_axis_of_the_channels_is_wrong(patch: pytest.MonkeyPatch) -> None:
     entering(patch, weight_axis=lambda _axis: 1)
 
 
-@mutant(HERE + "test_weights_and_biases_are_those_of_the_core")
-def biases_are_not_rounded(patch: pytest.MonkeyPatch) -> None:
-    """The graph has float biases that are not on their grid."""
-    quantizing(patch, lambda found, layer: but(found, bias=fold(layer)[1]))
-
-
 @mutant(HERE + "test_batch_normalization_is_folded")
 def batch_normalization_is_not_folded(patch: pytest.MonkeyPatch) -> None:
     """It stays an operation of the graph."""

@@ -62,7 +62,7 @@ def the_gradient_passes_where_it_is_clipped(patch: pytest.MonkeyPatch) -> None:
     replace(patch, "fake_quantize_gradients", gradients(of_data=lambda _dx, dy, *_: np.asarray(dy)))
 
 
-@mutant(LAW + "test_the_gradient_passes_where_the_integer_is_on_the_grid")
+@mutant(LAW + "test_what_rounds_to_an_end_of_the_grid_is_on_it")
 def the_gradient_does_not_pass_half_a_step_outside(patch: pytest.MonkeyPatch) -> None:
     """What rounds to an end of the grid from outside counts as clipped."""
 

@@ -5,7 +5,7 @@ import pytest
 
 from dopt_api.errors import CalibrationError, DoptError, ModelError
 from dopt_api.params import quantize_layer, read_params
-from dopt_api.quantizer import RANGE_METHODS, Statistics, activation_parameters
+from dopt_api.quantizer import DEFAULT_RANGE, RANGE_METHODS, Statistics, activation_parameters
 
 pytestmark = pytest.mark.since("1.0")
 
@@ -57,6 +57,20 @@ def test_ranges_are_those_of_the_core_to_the_bit(harness, way, name, method):
     assert found == decided(harness, way, name, batches, method)
 
 
+def test_a_range_contains_zero(harness, way, main):
+    batches = [
+        {key: np.abs(data) + data.dtype.type(2) if data.dtype.kind == "f" else data for key, data in batch.items()}
+        for batch in way.batches(main)
+    ]
+    config = way.config(main)
+    files = way.export(main, config, way.save(way.calibrated(main, config, batches)))
+    found = {
+        layer: (np.float32(scale[0]), zero_point[0])
+        for layer, (scale, zero_point) in inputs_of(read_params(files.params)).items()
+    }
+    assert found == decided(harness, way, main, batches, DEFAULT_RANGE)
+
+
 def test_weight_scales_and_integers_are_those_of_the_core(harness, way, deployed):
     floats = harness.float_layers(deployed.name)
     for layer, plan in way.plans(deployed.name).items():
@@ -87,10 +101,10 @@ def test_every_batch_counts(harness, way, name):
         model = way.calibrated(name, config, given)
         return inputs_of(read_params(way.export(name, config, way.save(model)).params))[first]
 
-    (key,) = batches[0]
+    (key,), usual = batches[0], range_of(batches)
     for position in range(len(batches)):
         wide = [batch if i != position else {key: 3 * batch[key]} for i, batch in enumerate(batches)]
-        assert range_of(wide) != range_of(batches), f"batch {position} of {len(batches)} was not seen"
+        assert range_of(wide) != usual, f"batch {position} of {len(batches)} was not seen"
 
 
 def test_after_it_is_off_nothing_is_collected(harness, way, name):

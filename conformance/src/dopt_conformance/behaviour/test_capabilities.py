@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dopt_api.params import fold, read_params
-from dopt_api.quantizer import channel_maximum, scale_zero_point
+from dopt_api.quantizer import channel_maximum, fake_quantize, scale_zero_point
 from dopt_conformance.way import BATCH, sqnr
 
 pytestmark = pytest.mark.since("1.0")
@@ -118,6 +118,25 @@ def test_descending_the_quantization_loss_moves_scales(harness, way, name):
     assert all(loss > 0 for loss in losses)
     after = read_params(way.export(name, config, way.save(model)).params)
     assert any(one.weight.scale != other.weight.scale for one, other in zip(before.layers, after.layers, strict=True))
+
+
+@pytest.mark.capability("quant_loss")
+def test_learned_scales_are_exported(harness, way, name):
+    first = next(iter(harness.float_layers(name)))
+    config = way.config(name, [first])
+    model, _ = trained(harness, way, name, config, 30, quant_loss=True)
+    files = way.export(name, config, way.save(model))
+    (entry,) = read_params(files.params).layers
+    grid = way.plans(name)[first].strategy.activation
+    # this loss moves scales and hardly anything else; on data that the learned grid of the input has, weights alone
+    # make a difference, and the graph has them rounded
+    batch = {
+        key: fake_quantize(data, np.float32(entry.input.scale[0]), entry.input.zero_point[0], grid)
+        if data.dtype.kind == "f"
+        else data
+        for key, data in way.batches(name, 1)[0].items()
+    }
+    assert sqnr(harness.run(model, batch), harness.run_file(files.model, batch, harness.output_names(name))) > 110
 
 
 @pytest.mark.capability("dynamic_batch")

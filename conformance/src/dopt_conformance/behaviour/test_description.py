@@ -40,7 +40,7 @@ def test_the_backend_owns_its_models_and_nothing_else(harness, info, main):
 
 def test_listing_backends_imports_no_framework(harness, info):
     code = (
-        "import sys, dopt_api\n"
+        "import sys, dopt_api, dopt_api.facade\n"
         f"before = {info.framework!r} in sys.modules\n"
         f"(status,) = [s for s in dopt_api.backends() if s.name == {harness.backend!r}]\n"
         "assert status.info is not None, status.error\n"

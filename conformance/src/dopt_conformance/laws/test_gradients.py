@@ -71,6 +71,14 @@ def test_the_gradient_of_the_scale_by_hand(harness):
     assert float(scale) == pytest.approx(0.4 * 1 + 0 * 10 - 4 * 100 + 3 * 1000, rel=1e-6)
 
 
+def test_what_rounds_to_an_end_of_the_grid_is_on_it(harness):
+    x, upstream = F32([-4.625, -4.375, 3.375, 3.625]), F32([1.0, 10.0, 100.0, 1000.0])
+    passed, _ = harness.fake_quantize_gradients(
+        upstream, x, np.asarray(F32(1.0)), np.asarray(0, np.int32), Grid(3, signed=True), None
+    )
+    np.testing.assert_array_equal(passed, [0.0, 10.0, 100.0, 0.0])
+
+
 @pytest.mark.parametrize("end", [np.inf, -np.inf])
 def test_infinite_data_count_as_clipped(harness, end):
     x, upstream = F32([1.0, end, -2.0, 700.0]), F32([1, 2, 3, 4])

@@ -254,7 +254,7 @@ class NumpyHarness(Harness):
         y, pullback = model.forward(batch["x"], training=True)
         value, gradient = float(np.square(y - 1).mean()), 2 * (y - 1) / y.size
         if quant_loss:
-            loss = dopt_api.get_quant_loss(model)
+            loss = dopt_api.get_quant_loss(model, backend=self.backend)
             loss.backward()
             value, gradient = float(loss), np.zeros_like(y)
         pullback(gradient)
@@ -264,7 +264,7 @@ class NumpyHarness(Harness):
     def quant_loss(self, model: Network, batch: Batch) -> float:
         """Return the loss after a pass."""
         model(batch["x"])
-        return float(dopt_api.get_quant_loss(model))
+        return float(dopt_api.get_quant_loss(model, backend=self.backend))
 
 
 class _Passing(Weighted):
