@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-DISTRIBUTIONS = ("dopt_api", "dopt_torch", "dopt_tf")
+DISTRIBUTIONS = ("dopt_api", "dopt_torch", "dopt_tf", "dopt_conformance")
+VENDOR_PATHS = ("dopt_torch", "dopt_tf")
 
 
 def files_of(name: str) -> list[str]:
@@ -28,9 +29,16 @@ def test_no_wheel_makes_the_vendor_namespace_a_package(name):
 def test_wheels_hold_their_own_packages_types_and_licence_only(name):
     files = files_of(name)
     tops = {file.split("/")[0] for file in files if ".dist-info/" not in file}
-    assert tops == ({"dopt_api"} if name == "dopt_api" else {name, "dopt"})
+    assert tops == ({name, "dopt"} if name in VENDOR_PATHS else {name})
     assert f"{name}/py.typed" in files
     assert any(file.endswith("LICENSE") for file in files)
+
+
+def test_the_templates_of_the_scaffold_are_shipped():
+    templates = Path(__file__).parents[2] / "dopt_api" / "cli" / "templates"
+    wanted = {f"dopt_api/cli/templates/{file.relative_to(templates)}" for file in templates.rglob("*.j2")}
+    assert wanted
+    assert wanted <= set(files_of("dopt_api"))
 
 
 def test_the_schema_is_shipped_beside_the_reader():
