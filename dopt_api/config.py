@@ -17,7 +17,7 @@ from typing import Any
 
 from dopt_api.errors import ConfigError, closest
 from dopt_api.files import StrPath, write_text
-from dopt_api.quantizer.ranges import DEFAULT_RANGE, RANGE_METHODS
+from dopt_api.quantizer.ranges import DEFAULT_RANGE, range_method_names
 from dopt_api.strategy import FLOAT, find_strategy
 from dopt_api.types import InputSpec, LayerInfo, LayerPlan, ModelLayers, Plan
 
@@ -274,12 +274,12 @@ def _plan_layer(file: StrategyFile, name: str, layer: LayerInfo) -> LayerPlan | 
             fix="Write a new file with generate_config_file: the model has changed.",
         )
     method = entry.get("range", DEFAULT_RANGE)
-    if method not in RANGE_METHODS:
+    if method not in (known := range_method_names()):
         raise ConfigError(
             f"Layer {name!r} asks for the range method {method!r}, which does not exist",
             where=where,
-            expected=f"one of {', '.join(map(repr, RANGE_METHODS))}",
-            fix=closest(method, RANGE_METHODS),
+            expected=f"one of {', '.join(map(repr, known))}",
+            fix=closest(method, known),
         )
     strategy = find_strategy(
         entry["quant_strategy"], layer=name, op_type=layer.op_type, supported=layer.strategies, where=where

@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DoptError",
+    "ExtensionError",
     "ModelError",
     "NumbersError",
     "OutputError",
@@ -78,6 +79,10 @@ class ModelError(DoptError):
 
 class BackendError(DoptError):
     """A backend is missing, broken, or breaks the hook contract."""
+
+
+class ExtensionError(DoptError):
+    """A strategy or a range method that an installed distribution adds is broken, or comes from two of them."""
 
 
 class CalibrationError(DoptError):

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dopt_api.errors import StrategyError, closest
+from dopt_api import extensions
+from dopt_api.errors import ExtensionError, StrategyError, closest
 from dopt_api.quantizer.grid import Grid
 
-__all__ = ["FLOAT", "STRATEGIES", "Strategy", "find_strategy"]
+__all__ = ["FLOAT", "STRATEGIES", "Strategy", "find_strategy", "get_strategy", "strategy_names"]
 
 FLOAT = "float"
 """What a strategy file says of a layer that is not quantized."""
@@ -36,14 +37,60 @@ class Strategy:
     weight: Grid
 
 
+def _of_bits(activation: int, weight: int) -> Strategy:
+    """Return the strategy of asymmetric unsigned activations and symmetric weights per output channel."""
+    return Strategy(
+        f"Quant_INT{activation}-{weight}",
+        activation=Grid(activation),
+        weight=Grid(weight, signed=True, symmetric=True, narrow=True, per_channel=True),
+    )
+
+
 STRATEGIES: dict[str, Strategy] = {
-    "Quant_INT8-8": Strategy(
-        "Quant_INT8-8",
-        activation=Grid(8),
-        weight=Grid(8, signed=True, symmetric=True, narrow=True, per_channel=True),
-    ),
+    strategy.name: strategy
+    for strategy in (_of_bits(8, 8), _of_bits(8, 7), _of_bits(8, 4), _of_bits(16, 8), _of_bits(4, 4))
 }
-"""The strategies by name. ``Quant_INT8-8``: uint8 asymmetric activations, int8 symmetric weights per output channel."""
+"""The strategies by name. ``Quant_INT8-8``: uint8 asymmetric activations, int8 symmetric weights per output channel.
+
+``Quant_INT8-7`` keeps the sums of two products within 16 bits, for processors whose kernels add in 16 bits.
+"""
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Return the names of all strategies, those that installed distributions add last."""
+    return (*STRATEGIES, *(name for name in extensions.names(extensions.STRATEGIES) if name not in STRATEGIES))
+
+
+def get_strategy(name: str) -> Strategy:
+    """Return the strategy called ``name``.
+
+    Raises:
+        KeyError: There is none.
+        ExtensionError: The distribution that adds it is broken.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    found, origin = extensions.load(extensions.STRATEGIES, name)
+    wrong = (
+        f"is {found!r}, not a Strategy"
+        if not isinstance(found, Strategy)
+        else f"is called {found.name!r} by itself"
+        if found.name != name
+        else "quantizes weights asymmetrically, which no backend does"
+        if not found.weight.symmetric
+        else "has activations per channel, which no backend has"
+        if found.activation.per_channel
+        else ""
+    )
+    if wrong:
+        raise ExtensionError(
+            f"The strategy {name!r} {wrong}",
+            where=origin,
+            expected="a dopt_api.strategy.Strategy of that name: activations per tensor, symmetric weights",
+            fix="Tell the author of the distribution.",
+        )
+    strategy: Strategy = found
+    return strategy
 
 
 def find_strategy(name: object, *, layer: str, op_type: str, supported: Iterable[str], where: str) -> Strategy | None:
@@ -58,11 +105,12 @@ def find_strategy(name: object, *, layer: str, op_type: str, supported: Iterable
 
     Raises:
         StrategyError: The strategy is unknown, or not supported for the kind of layer.
+        ExtensionError: The distribution that adds it is broken.
     """
     allowed = [FLOAT, *supported]
     if name == FLOAT:
         return None
-    if not isinstance(name, str) or name not in STRATEGIES:
+    if not isinstance(name, str) or name not in strategy_names():
         raise StrategyError(
             f"Layer {layer!r} asks for the strategy {name!r}, which does not exist",
             where=where,
@@ -76,4 +124,4 @@ def find_strategy(name: object, *, layer: str, op_type: str, supported: Iterable
             expected=f"one of {', '.join(map(repr, allowed))}",
             fix="Set 'quant_strategy' to one of these.",
         )
-    return STRATEGIES[name]
+    return get_strategy(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dopt_api.quantizer.ranges import DEFAULT_RANGE
-from dopt_api.strategy import STRATEGIES, Strategy
+from dopt_api.strategy import Strategy, strategy_names
 
 __all__ = [
     "HOOK_API_VERSION",
@@ -86,7 +86,7 @@ class LayerInfo:
 
     name: str
     op_type: str
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    strategies: tuple[str, ...] = field(default_factory=strategy_names)
     reason: str = ""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dopt_api import types
+from dopt_api.strategy import STRATEGIES
 from dopt_api.types import BackendInfo, Capabilities, ExportResult, InputSpec, LayerInfo, ModelLayers
 
 INFO = BackendInfo("alpha", "alpha", "2.0", "0.1", ("alpha.nn.Net", "alpha.Session"), "1.0")
@@ -39,7 +40,7 @@ def test_nothing_is_claimed_by_default():
 
 
 def test_layers_support_every_strategy_by_default():
-    assert LayerInfo("fc", "Linear").strategies == ("Quant_INT8-8",)
+    assert LayerInfo("fc", "Linear").strategies == tuple(STRATEGIES)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dopt_api.quantizer import (
     scale_zero_point,
 )
 from dopt_api.quantizer.affine import LARGEST_END
-from dopt_api.quantizer.ranges import mse
+from dopt_api.quantizer.ranges import TAIL, mse
 
 F32 = np.float32
 UINT8 = Grid(8)
@@ -106,6 +106,43 @@ def test_mse_shrinks_each_end_alone():
     low, high = mse(statistics_of(x), Grid(4))
     assert -3.0 < low < 0.0
     assert 0.7 < high <= 1.0
+
+
+def test_percentile_leaves_out_its_share_and_no_more():
+    x = np.random.default_rng(0).standard_normal((100, 1000)).astype(F32)
+    low, high = RANGE_METHODS["percentile"](statistics_of(x), UINT8)
+    outside = np.mean((x < low) | (x > high))
+    assert 0.2 * TAIL < outside <= TAIL
+    assert low == -high
+
+
+def test_percentile_of_one_sided_data_takes_all_of_it_there():
+    x = np.random.default_rng(0).exponential(size=(100, 1000)).astype(F32)
+    low, high = RANGE_METHODS["percentile"](statistics_of(x), UINT8)
+    assert low == x.min()
+    assert np.mean(x > high) == pytest.approx(TAIL, rel=0.5)
+
+
+def test_percentile_of_little_data_is_min_max():
+    statistics = statistics_of([[-1.0, 2.0], [0.5, 0.75]])
+    assert RANGE_METHODS["percentile"](statistics, UINT8) == (-1.0, 2.0)
+
+
+def test_entropy_keeps_what_has_no_tail_and_clips_what_has():
+    generator = np.random.default_rng(0)
+    even = generator.uniform(-1.0, 1.0, (100, 1000)).astype(F32)
+    low, high = RANGE_METHODS["entropy"](statistics_of(even), UINT8)
+    assert low == pytest.approx(-1.0, abs=0.02)
+    assert high == pytest.approx(1.0, abs=0.02)
+    tailed = generator.standard_normal((100, 1000)).astype(F32)
+    tailed[0, 0] = 40.0
+    assert 3.0 < RANGE_METHODS["entropy"](statistics_of(tailed), Grid(4))[1] < 20.0
+
+
+def test_entropy_is_the_least_divergence_by_hand():
+    # both values are on the grid of the full range; any other counts the greater one into a bin that lacks it
+    statistics = statistics_of([[0.0] * 99 + [3.0]])
+    assert RANGE_METHODS["entropy"](statistics, Grid(2)) == (0.0, 3.0)
 
 
 @pytest.mark.parametrize(("values", "inside"), [([5.0, 5.5], (0.0, 5.5)), ([-5.5, -5.0], (-5.5, 0.0))])

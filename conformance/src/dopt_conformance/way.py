@@ -14,7 +14,7 @@ import numpy as np
 import dopt_api
 from dopt_api.params import LayerParams, QuantParams, read_params
 from dopt_api.quantizer import DEFAULT_RANGE
-from dopt_api.strategy import STRATEGIES
+from dopt_api.strategy import get_strategy
 from dopt_api.types import ExportResult, LayerPlan
 from dopt_conformance.harness import Batch, Float32, Harness, WrittenGraph
 
@@ -109,30 +109,37 @@ class Way:
         file = self.new_folder() / "config.json"
         return dopt_api.generate_config(self.harness.build(name), shape, file, backend=self.harness.backend)
 
-    def config(self, name: str, only: Collection[str] | None = None, **extra: str) -> Path:
-        """Write a strategy file with layers (all, or those named) set to the first strategy of their kind.
+    def config(
+        self, name: str, only: Collection[str] | None = None, *, strategy: str | None = None, **extra: str
+    ) -> Path:
+        """Write a strategy file with layers (all, or those named) set to a strategy.
 
         Args:
             name: The model.
             only: The layers to quantize.
+            strategy: The strategy of each of them; by default the first that its kind of layer lists.
             extra: More keys for each of them, such as ``range``.
         """
 
         def choose(content: dict[str, Any]) -> None:
             for layer, entry in content["layer_strategy"].items():
                 if only is None or layer in only:
-                    entry["quant_strategy"] = content[HEADER.format(entry["op_type"])][0]
+                    entry["quant_strategy"] = strategy or content[HEADER.format(entry["op_type"])][0]
                     entry.update(extra)
 
         return self.edit(self.float_config(name), choose)
 
-    def plans(self, name: str, method: str = DEFAULT_RANGE) -> dict[str, LayerPlan]:
+    def plans(self, name: str, method: str = DEFAULT_RANGE, *, strategy: str | None = None) -> dict[str, LayerPlan]:
         """Return what :meth:`config` says of each layer, as the core reads it."""
-        content = json.loads(self.config(name).read_text(encoding="utf-8"))
+        content = json.loads(self.config(name, strategy=strategy).read_text(encoding="utf-8"))
         return {
-            layer: LayerPlan(layer, entry["op_type"], STRATEGIES[entry["quant_strategy"]], method)
+            layer: LayerPlan(layer, entry["op_type"], get_strategy(entry["quant_strategy"]), method)
             for layer, entry in content["layer_strategy"].items()
         }
+
+    def read(self, file: Path) -> Any:
+        """Return the content of a strategy file."""
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def edit(self, file: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         """Change the content of a strategy file in place."""
@@ -178,9 +185,9 @@ class Way:
         """Return the text of the parameter file that a quantized model gives."""
         return self.export(name, config, self.save(model)).params.read_text(encoding="utf-8")
 
-    def deploy(self, name: str) -> Deployed:
-        """Go the whole way with all layers of a model."""
-        config, batches = self.config(name), self.batches(name)
+    def deploy(self, name: str, strategy: str | None = None) -> Deployed:
+        """Go the whole way with all layers of a model, by one strategy."""
+        config, batches = self.config(name, strategy=strategy), self.batches(name)
         exact = self.harness.run(self.harness.build(name), batches[0])
         model = self.calibrated(name, config, batches)
         simulated = self.harness.run(model, batches[0])

@@ -1,0 +1,63 @@
+"""What third parties add without a backend: an entry point, whose name is the name by which it is asked for.
+
+The group says what it is: ``dopt.strategies`` for a :class:`dopt_api.strategy.Strategy`, ``dopt.ranges`` for a function
+from statistics and grid to a range. Names are listed without importing anything; only what is asked for is loaded.
+
+Example:
+    In the ``pyproject.toml`` of a distribution::
+
+        [project.entry-points."dopt.strategies"]
+        Quant_INT6-6 = "my_package.strategies:six_bits"
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from dopt_api.errors import ExtensionError
+
+__all__ = ["RANGES", "STRATEGIES", "load", "names"]
+
+STRATEGIES = "dopt.strategies"
+RANGES = "dopt.ranges"
+
+
+def names(group: str) -> tuple[str, ...]:
+    """Return the names that installed distributions add to a group, in alphabetical order."""
+    return tuple(sorted({point.name for point in metadata.entry_points(group=group)}))
+
+
+def load(group: str, name: str) -> tuple[Any, str]:
+    """Load what is called ``name`` in a group.
+
+    Returns:
+        The object, and where it comes from, for messages.
+
+    Raises:
+        ExtensionError: Two distributions bring it, or it does not import.
+        KeyError: There is none.
+    """
+    points = {_origin(point): point for point in metadata.entry_points(group=group) if point.name == name}
+    if not points:
+        raise KeyError(name)
+    if len(points) > 1:
+        raise ExtensionError(
+            f"{name!r} comes from two distributions",
+            where=" and ".join(sorted(points)),
+            expected=f"one entry point {name!r} in the group {group!r}",
+            fix=f"pip uninstall one of them, for example: pip uninstall {max(points).split(maxsplit=1)[0]}",
+        )
+    ((origin, point),) = points.items()
+    try:
+        return point.load(), f"{origin}, entry point {point.value!r}"
+    except Exception as error:  # another's module can fail to import in any way
+        raise ExtensionError(
+            f"{name!r} does not import: {type(error).__name__}: {error}",
+            where=f"{origin}, entry point {point.value!r}",
+            fix=f"Reinstall it: pip install --force-reinstall {origin.split(maxsplit=1)[0]}",
+        ) from error
+
+
+def _origin(point: metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
