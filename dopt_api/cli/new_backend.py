@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import click
@@ -42,6 +43,11 @@ def command(name: str, framework: str | None, model_type: str | None, output_dir
     click.echo(f"Written: {folder}")
     for file in files:
         click.echo(f"  {file}")
+    if (module := framework or default_framework(name)) not in packages_distributions():
+        click.echo(
+            f"\nNote: {module!r} is not installed here, and the suite needs it. "
+            "Install it, or start anew with the option --framework."
+        )
     click.echo(
         f"\nNext:\n  cd {folder}\n  pip install -e '.[test]'\n"
         f"  pytest --pyargs dopt_conformance --dopt-backend {name}\n"
@@ -71,7 +77,7 @@ def new_backend(
     from dopt_api.types import HOOK_API_VERSION  # noqa: PLC0415
 
     names = names_of(name)
-    module = check_framework(framework or names.package.removeprefix("dopt_"))
+    module = check_framework(framework or default_framework(name))
     minor = ".".join(__version__.split(".")[:2])
     following = f"{minor.split('.')[0]}.{int(minor.split('.')[1]) + 1}"
     texts = render_folder(
@@ -85,6 +91,11 @@ def new_backend(
         },
     )
     return _write(output_dir / names.distribution, texts), list(texts)
+
+
+def default_framework(name: str) -> str:
+    """Return what is imported to use a framework that is called as its backend is."""
+    return name.replace("-", "_")
 
 
 def _write(target: Path, texts: dict[str, str]) -> Path:

@@ -36,6 +36,11 @@ def test_a_project_is_written(run, tmp_path):
     assert 'my-engine = "dopt_my_engine.plugin"' in (project / "pyproject.toml").read_text()
 
 
+def test_a_framework_that_is_not_installed_is_told(run):
+    assert "'mine' is not installed here" in run("new-backend", "mine").output
+    assert "is not installed" not in run("new-backend", "other", "--framework", "numpy").output
+
+
 def test_nothing_of_a_template_is_left(run, tmp_path):
     run("new-backend", "mine")
     files = [path for path in (tmp_path / "dopt-mine").rglob("*") if path.is_file()]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.since("1.0")
 def test_the_description_names_backend_framework_and_versions(harness, info):
     assert info.name == harness.backend
     assert info.framework
-    assert info.framework_version
+    assert info.framework_version, f"{info.framework} is not installed, or its version is not found"
     assert info.version
     assert info.model_types
     assert all("." in name for name in info.model_types), "model types are qualified names"
