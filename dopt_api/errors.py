@@ -20,6 +20,7 @@ __all__ = [
     "NumbersError",
     "OutputError",
     "ParamsError",
+    "SearchError",
     "StrategyError",
     "closest",
     "most_of",
@@ -124,6 +125,10 @@ class CheckpointError(DoptError):
 
 class OutputError(DoptError):
     """A result cannot be written."""
+
+
+class SearchError(DoptError):
+    """There is no choice of strategies as asked for."""
 
 
 class ParamsError(DoptError):
