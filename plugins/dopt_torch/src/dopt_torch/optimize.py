@@ -14,7 +14,7 @@ from dopt_torch.layer_kinds import kind_of
 from dopt_torch.quantized_layer import norm_factor, quantize_in_place, quantized_layers
 from dopt_torch.statistics import merge_over_ranks
 
-__all__ = ["get_quant_loss", "optimize", "set_calibrate_state"]
+__all__ = ["get_quant_loss", "optimize", "root_of", "set_calibrate_state"]
 
 
 def optimize(model: nn.Module, plan: Plan) -> nn.Module:
@@ -68,7 +68,7 @@ def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
         ModelError: The model is not a quantized one.
         CalibrationError: On switching off: layers saw no data, or NaN or infinity; the others are calibrated.
     """
-    root = _root(model)
+    root = root_of(model)
     if calibration_mode == ("dopt_hooks" in root.__dict__):
         return
     quantizers = [layer.dopt_quantizer for layer in quantized_layers(root)]
@@ -106,7 +106,7 @@ def get_quant_loss(model: nn.Module) -> Tensor:
     Raises:
         ModelError: The model is not a quantized one.
     """
-    root = _root(model)
+    root = root_of(model)
     errors = []
     for layer in quantized_layers(root):
         weight = layer.dopt_quantizer.weight_error(layer._parameters["weight"], norm_factor(layer))  # type: ignore[arg-type]  # a quantized layer has a weight
@@ -132,7 +132,7 @@ def _leave_evaluation(root: nn.Module, *_: object) -> None:
         module.training = modes.get(name, module.training)
 
 
-def _root(model: nn.Module) -> nn.Module:
+def root_of(model: nn.Module) -> nn.Module:
     """Return the module that :func:`optimize` returned, which may stand inside wrappers."""
     for module in model.modules():
         if "dopt_plan" in module.__dict__:
