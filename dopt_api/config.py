@@ -93,7 +93,7 @@ def write(path: StrPath, found: ModelLayers, input_shape: str | None = None) -> 
     }
     if found.notes:
         content["notes"] = list(found.notes)
-    return write_text(path, json.dumps(content, indent=4, ensure_ascii=False) + "\n")
+    return write_text(path, _rendered(content))
 
 
 def read(path: StrPath) -> StrategyFile:
@@ -201,6 +201,41 @@ def check(file: StrategyFile, found: ModelLayers) -> Plan:
 _SHAPE_FORM = "text such as 'input1:1,3,224,224;input2:1,10' (for other than float inputs 'ids:1,128:int64')"
 
 
+def assign(path: StrPath, strategies: Mapping[str, str], destination: StrPath | None = None) -> Path:
+    """Write a strategy file again with other strategies for some layers; everything else stays.
+
+    Args:
+        path: The strategy file.
+        strategies: The strategy of each layer to change, by its name; such as those of a search.
+        destination: The file to write; by default the file itself.
+
+    Raises:
+        ConfigError: The file cannot be read, or has no layer of a name.
+        OutputError: The file cannot be written.
+
+    Example:
+        >>> import json, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "config.json"
+        ...     _ = file.write_text('{"layer_strategy": {"fc/Linear": {"quant_strategy": "float"}}}')
+        ...     _ = assign(file, {"fc/Linear": "Quant_INT8-4"})
+        ...     json.loads(file.read_text())["layer_strategy"]["fc/Linear"]["quant_strategy"]
+        'Quant_INT8-4'
+    """
+    file = read(path)
+    content = json.loads(file.text)
+    for name, strategy in strategies.items():
+        if name not in file.layers:
+            raise ConfigError(
+                f"There is no layer {name!r}",
+                where=str(file.path),
+                expected="a layer of this file",
+                fix=closest(name, file.layers) or "Use the file of this model.",
+            )
+        content["layer_strategy"][name]["quant_strategy"] = strategy
+    return write_text(path if destination is None else destination, _rendered(content))
+
+
 def parse_input_shape(text: str, *, where: str = "input_shape") -> tuple[InputSpec, ...]:
     """Parse the contract's text of input shapes.
 
@@ -285,6 +320,10 @@ def _plan_layer(file: StrategyFile, name: str, layer: LayerInfo) -> LayerPlan | 
         entry["quant_strategy"], layer=name, op_type=layer.op_type, supported=layer.strategies, where=where
     )
     return None if strategy is None else LayerPlan(name, layer.op_type, strategy, method)
+
+
+def _rendered(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
 
 
 class _RepeatedKeyError(Exception):

@@ -507,3 +507,30 @@ def test_arbitrary_shapes_raise_only_errors_of_ours(text):
     except DoptError:
         return
     assert all(spec.name and spec.shape for spec in inputs)
+
+
+# ---- assigning
+
+
+def test_assigned_strategies_are_read_and_all_else_stays(tmp_path):
+    path = config.write(tmp_path / "config.json", FOUND, "x:1,3,224,224")
+    content = json.loads(path.read_text())
+    content["layer_strategy"]["fc/Linear"]["//"] = "a comment"
+    path.write_text(json.dumps(content))
+    other = config.assign(path, {"fc/Linear": "Quant_INT8-4"}, tmp_path / "other.json")
+    assert json.loads(path.read_text()) == content
+    content["layer_strategy"]["fc/Linear"]["quant_strategy"] = "Quant_INT8-4"
+    assert json.loads(other.read_text()) == content
+    assert {name: plan.strategy.name for name, plan in config.check(config.read(other), FOUND).quantized.items()} == {
+        "fc/Linear": "Quant_INT8-4"
+    }
+    assert config.assign(other, {}) == other
+    assert json.loads(other.read_text()) == content
+
+
+def test_assigning_to_a_layer_that_is_not_there_is_refused(tmp_path):
+    path = config.write(tmp_path / "config.json", FOUND)
+    before = path.read_text()
+    with pytest.raises(ConfigError, match=r"no layer 'fc/Liner'.*Did you mean 'fc/Linear'"):
+        config.assign(path, {"conv1/Conv2D": "float", "fc/Liner": "float"})
+    assert path.read_text() == before
