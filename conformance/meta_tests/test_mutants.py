@@ -18,9 +18,7 @@ class Quick:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionstart(self):
         phases = (Phase.explicit, Phase.generate)
-        settings.register_profile(
-            "quick", settings.get_profile("dopt-dev"), phases=phases, derandomize=True, database=None
-        )
+        settings.register_profile("quick", settings.get_profile("dopt-ci"), phases=phases, max_examples=25)
         settings.load_profile("quick")
 
 
@@ -33,7 +31,7 @@ def suite(pytester, monkeypatch):
         manager._loaded.cache_clear()
         result = pytester.runpytest_inprocess(
             *(str(PACKAGE / test) for test in tests),
-            *("--dopt-backend", "numpy"),
+            *("--dopt-backend", "numpy", "--dopt-profile", "ci"),
             *("--rootdir", str(PACKAGE), "--confcutdir", str(PACKAGE), "-p", "no:cacheprovider", "-q", "--tb=line"),
             plugins=[Quick()],
         )

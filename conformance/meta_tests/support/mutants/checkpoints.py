@@ -92,5 +92,5 @@ def the_framework_s_own_errors_get_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def _load(path: Any) -> Any:
-    with np.load(path, allow_pickle=False) as content:
+    with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as content:
         return dict(content)
