@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -43,7 +43,7 @@ def command(name: str, framework: str | None, model_type: str | None, output_dir
     click.echo(f"Written: {folder}")
     for file in files:
         click.echo(f"  {file}")
-    if (module := framework or default_framework(name)) not in packages_distributions():
+    if find_spec(module := framework or default_framework(name)) is None:
         click.echo(
             f"\nNote: {module!r} is not installed here, and the suite needs it. "
             "Install it, or start anew with the option --framework."

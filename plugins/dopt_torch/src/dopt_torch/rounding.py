@@ -1,0 +1,395 @@
+"""Rounding the weights of a calibrated model so that its outputs, and not its weights, have the least error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dopt_api.errors import CalibrationError, never_calibrated
+from dopt_api.quantizer.rounding import output_error, round_weight
+from dopt_torch.layer_kinds import on_weight
+from dopt_torch.optimize import root_of
+from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, norm_of, original_class, quantized_layers
+
+__all__ = ["RoundedLayer", "round_weights"]
+
+Progress = Callable[[list["_Rounding"]], Iterable["_Rounding"]]
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """What rounding did to one layer.
+
+    Attributes:
+        name: The layer's name.
+        nearest: Mean squared error of its output that rounding to nearest causes, as a share of the output's variance.
+        rounded: The same as it is now.
+        reason: Why the layer was left alone, or empty.
+    """
+
+    name: str
+    nearest: float = 0.0
+    rounded: float = 0.0
+    reason: str = ""
+
+
+def round_weights(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    positions: int = 128,
+    damping: float = 0.01,
+    seed: int = 0,
+    progress: Progress = iter,
+) -> list[RoundedLayer]:
+    """Round the weights of a calibrated model, layer by layer, and correct their biases; the model is changed in place.
+
+    Layer after layer, in execution order, the quantized inputs of a layer are sampled, with all layers before it
+    rounded already; the weight is rounded by :func:`dopt_api.quantizer.rounding.round_weight`; and the bias (or the
+    running mean of the batch normalization that is folded in) takes up the difference to the float output's mean
+    (bias correction, Nagel et al. 2019). The weights then lie on their grids, at scales that stay as they were:
+    exporting gives just these integers. A pass that fails leaves the model as it was.
+
+    Some 32 samples are enough, as many as a user would look at; time is about half a forward pass over them for each
+    layer. Convolutions in two dimensions and linear layers are rounded; others are listed with the reason.
+
+    Args:
+        model: What ``optimize_model`` returned, calibrated. Its modes are restored.
+        batches: Inputs as the model takes them: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        positions: How many positions of each sample's output are looked at.
+        damping: See :func:`~dopt_api.quantizer.rounding.round_weight`.
+        seed: Of the positions.
+        progress: Wraps the list of layers to show progress, such as ``tqdm.tqdm`` or ``rich.progress.track``.
+
+    Returns:
+        What was done, for each quantized layer in execution order.
+
+    Raises:
+        ModelError: The model is not a quantized one.
+        CalibrationError: A layer was never calibrated, or there are no batches.
+    """
+    root, data = root_of(model), list(batches)
+    if not data:
+        raise CalibrationError("There are no batches", expected="one or more inputs of the model")
+    by_name = {layer.dopt_quantizer.plan.name: layer for layer in quantized_layers(root)}
+    ordered = [by_name[name] for name in root.__dict__["dopt_plan"].quantized if name in by_name]
+    if missing := [name for name, layer in by_name.items() if not layer.dopt_quantizer.is_ready()]:
+        raise never_calibrated(missing)
+    owners: dict[int, int] = {}
+    for layer in ordered:
+        owners[id(layer.weight)] = owners.get(id(layer.weight), 0) + 1
+    roundings = [
+        _Rounding(layer, _Sampler(layer, positions, seed + number), owners[id(layer.weight)] > 1)
+        for number, layer in enumerate(ordered)
+    ]
+    with torch.no_grad(), _evaluation(model), _kept_on_failure(root):
+        with _tapped(roundings, "sample_float"):
+            for batch in data:
+                _run(model, batch)
+        for rounding in roundings:
+            even = rounding.calls % len(data) == 0  # else nobody knows when a batch is done with the layer
+            rounding.calls_a_batch = rounding.calls // len(data) if even else 0
+        for rounding in progress(roundings):
+            if not rounding.reason:
+                with _tapped([rounding], "sample_quantized"):
+                    for batch in data:
+                        _run_until(model, batch, rounding)
+            rounding.conclude(damping)
+    return [rounding.result for rounding in roundings]
+
+
+class _Reached(Exception):  # noqa: N818  # no error: the layer has what it needs of this batch
+    """A layer was run as often as a batch runs it."""
+
+
+class _Moments:
+    """Sums over sampled positions of what a layer's weight is multiplied with.
+
+    Attributes:
+        count: Number of positions.
+        first: ``[G, K]``.
+        second: ``[G, K, K]``.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, patches: Tensor) -> None:
+        """Take in patches ``[N, G, K]``."""
+        columns = patches.transpose(0, 1).double()
+        self.first = self.first + columns.sum(1).cpu()
+        self.second = self.second + (columns.transpose(1, 2) @ columns).cpu()
+        self.count += len(patches)
+
+    def mean(self) -> Tensor:
+        """Return ``[G, K]``."""
+        return self.first / self.count
+
+    def covariance(self) -> Tensor:
+        """Return the second moments about the mean, ``[G, K, K]``."""
+        mean = self.mean()
+        return self.second / self.count - mean[:, :, None] * mean[:, None, :]
+
+
+class _Sampler:
+    """Takes the patches of a layer's input from random positions of its output, the same in each pass."""
+
+    def __init__(self, layer: QuantizedLayer, positions: int, seed: int) -> None:
+        self.layer, self.positions, self.seed = layer, positions, seed
+        self.function = layer.dopt_quantizer.kind.function
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the positions anew."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def patches(self, call: _Call) -> Tensor:
+        """Return ``[N, G, K]`` of a call of the layer's function."""
+        if self.function == "linear":
+            return self._rows(call.x)
+        return self._windows(call)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        wanted = self.positions * (x.shape[0] if x.dim() > 1 else 1)
+        if len(rows) > wanted:
+            rows = rows[torch.randint(len(rows), (wanted,), generator=self.generator).to(x.device)]
+        return rows[:, None, :]
+
+    def _windows(self, call: _Call) -> Tensor:
+        x, (height, width) = call.padded(), call.kernel
+        rows, columns = (
+            (x.shape[2 + i] - call.dilation[i] * (call.kernel[i] - 1) - 1) // call.stride[i] + 1 for i in range(2)
+        )
+        shape = (x.shape[0], min(self.positions, rows * columns))
+        sample = torch.arange(x.shape[0], device=x.device)[:, None]
+        top, left = (
+            torch.randint(size, shape, generator=self.generator).to(x.device) * call.stride[i]
+            for i, size in enumerate((rows, columns))
+        )
+        found = [
+            x[sample, :, top + i * call.dilation[0], left + j * call.dilation[1]].reshape(-1, x.shape[1])
+            for i in range(height)
+            for j in range(width)
+        ]
+        return torch.stack(found, -1).reshape(len(found[0]), call.groups, -1)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of ``conv2d`` or ``linear``, as a layer's ``forward`` made it."""
+
+    x: Tensor
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: Any = 0
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def padded(self) -> Tensor:
+        """Return the input with its padding, ``[N, C, H, W]``."""
+        x = self.x if self.x.dim() == 4 else self.x[None]
+        if self.padding == "valid":
+            return x
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+            sides = [side for size in reversed(total) for side in (size // 2, size - size // 2)]
+            return functional.pad(x, sides)
+        vertical, horizontal = _pair(self.padding)
+        return functional.pad(x, [horizontal, horizontal, vertical, vertical])
+
+
+class _Watched(Tensor):
+    """A tensor that shows how the layer's own function is called with it."""
+
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep the call, then make it."""
+        name = getattr(func, "__name__", "")
+        watched = next((one for one in (*args, *(kwargs or {}).values()) if isinstance(one, _Watched)), None)
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if watched is not None and hasattr(watched, "calls"):
+            if name in ("conv2d", "linear"):
+                watched.calls.append((name, args, kwargs or {}))
+            if isinstance(result, _Watched):
+                result.calls = watched.calls
+        return result
+
+
+class _Rounding:
+    """One layer that is rounded."""
+
+    def __init__(self, layer: QuantizedLayer, sampler: _Sampler, shared: bool) -> None:
+        self.layer, self.quantizer, self.sampler = layer, layer.dopt_quantizer, sampler
+        self.forward = original_class(layer).forward
+        self.exact, self.given = _Moments(), _Moments()
+        self.calls, self.calls_a_batch, self.left = 0, 0, 0
+        self.reason = "its weight is another layer's too" if shared else ""
+        if self.quantizer.kind.function not in ("conv2d", "linear"):
+            self.reason = f"{self.quantizer.kind.label} is not rounded by this method"
+        self.result = RoundedLayer(self.quantizer.plan.name, reason=self.reason)
+
+    # The input is the only tensor that these layers take; by whatever name it comes, it is passed on by position.
+
+    def sample_float(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer in float and sample its input."""
+        self.calls += 1
+        return self._sample(self.exact, args, kwargs)
+
+    def sample_quantized(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the layer's quantized input, and end the pass once the batch needs the layer no more."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        result = self._sample(self.given, (self.quantizer.quantize_input(x), *args[1:]), {})
+        self.left -= 1
+        if not self.left:
+            raise _Reached
+        return result
+
+    def _sample(self, moments: _Moments, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        watched = x.detach().as_subclass(_Watched)
+        watched.calls = []
+        result = self.forward(self.layer, watched, *args[1:])
+        call = _call_of(watched.calls, self.sampler.function)
+        if call is None:
+            self.reason = self.reason or f"its forward does not call {self.sampler.function} once"
+        elif not self.reason and x.numel():
+            moments.add(self.sampler.patches(call))
+        return result.as_subclass(Tensor)
+
+    def conclude(self, damping: float) -> None:
+        """Round the weight and correct the bias."""
+        if not self.reason and not self.given.count:
+            self.reason = "no batch reached it"
+        if self.reason:
+            self.result = RoundedLayer(self.quantizer.plan.name, reason=self.reason)
+            return
+        weight: Any = self.layer.weight
+        grid, factor = self.quantizer.plan.strategy.weight, norm_factor(self.layer)
+        folding = (
+            torch.ones(len(weight)) if factor is None else torch.where(factor == 0, torch.ones_like(factor), factor)
+        )
+        on = on_weight(folding.to(weight.device), weight, 0)
+        folded = weight.float() * on
+        scale = self.quantizer.learned_weight_scale(folded)
+        groups = self.given.first.shape[0]
+        shape = (groups, len(weight) // groups, -1)
+        w, s = (part.double().cpu().numpy().reshape(shape) for part in (folded, scale))
+        moments = self.given.covariance().numpy()
+        integers = round_weight(w, s[..., 0], moments, grid, damping=damping)
+        rounded = torch.from_numpy(integers * s).reshape(weight.shape).to(weight.device)
+        self._correct(folded / on, rounded / on.double())
+        weight.copy_(rounded / on.double())
+        self._hold(torch.from_numpy(np.abs(integers).max(axis=2).reshape(-1)))
+        nearest = np.clip(np.rint(w / s), grid.qmin, grid.qmax) * s
+        variance = float(output_error(w, moments).sum()) or 1.0
+        errors = [float(output_error(part - w, moments).sum()) / variance for part in (nearest, integers * s)]
+        self.result = RoundedLayer(self.quantizer.plan.name, errors[0], errors[1])
+
+    def _correct(self, before: Tensor, after: Tensor) -> None:
+        """Let the bias take up how far the mean of the output has moved."""
+        groups = self.given.first.shape[0]
+        exact, found = (
+            torch.einsum(
+                "gok,gk->go", part.double().cpu().reshape(groups, len(part) // groups, -1), moments.mean()
+            ).reshape(-1)
+            for part, moments in ((before, self.exact), (after, self.given))
+        )
+        shift = exact - found
+        bias: Any = self.layer._parameters.get("bias")
+        norm: Any = norm_of(self.layer)
+        if bias is not None:
+            bias.add_(shift.to(bias))
+        elif norm is not None:
+            norm.running_mean.sub_(shift.to(norm.running_mean))
+
+    def _hold(self, largest: Tensor) -> None:
+        """Let the gain make up for extremes that were rounded away, so that the scale in use stays."""
+        grid = self.quantizer.plan.strategy.weight
+        ratio = (grid.qmax - grid.qmin) / (2 * largest.double())  # of the scale in use to what the extremes give
+        gain = torch.where(ratio >= 1, ratio - 1, 1 - 1 / ratio)
+        gain = torch.where(largest > 0, gain, torch.zeros_like(gain))
+        self.quantizer.weight_gain.copy_(gain.to(self.quantizer.weight_gain))
+
+
+def _call_of(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], function: str) -> _Call | None:
+    """Return the one call of the layer's function, or ``None`` if there is not just one."""
+    own = [(args, kwargs) for name, args, kwargs in calls if name == function]
+    if len(own) != 1:
+        return None
+    (args, kwargs) = own[0]
+    given = dict(zip(("x", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False))
+    given.update({("x" if key == "input" else key): value for key, value in kwargs.items()})
+    x = given["x"].as_subclass(Tensor)
+    if function == "linear":
+        return _Call(x)
+    return _Call(
+        x,
+        tuple(given["weight"].shape[2:]),
+        _pair(given.get("stride", 1)),
+        given.get("padding", 0),
+        _pair(given.get("dilation", 1)),
+        given.get("groups", 1),
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (tuple(value) * 2)[:2]
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    args = batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
+    model(*args, **(batch if isinstance(batch, dict) else {}))
+
+
+def _run_until(model: nn.Module, batch: Any, rounding: _Rounding) -> None:
+    """Run the model until the layer has been called as often as a batch calls it."""
+    rounding.left = rounding.calls_a_batch
+    with suppress(_Reached):
+        _run(model, batch)
+
+
+@contextmanager
+def _tapped(roundings: list[_Rounding], method: str) -> Iterator[None]:
+    """Let a method of each take the place of the layer's own forward."""
+    for rounding in roundings:
+        rounding.sampler.restart()
+        rounding.layer.__dict__["forward"] = getattr(rounding, method)
+    try:
+        yield
+    finally:
+        for rounding in roundings:
+            del rounding.layer.__dict__["forward"]
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _kept_on_failure(model: nn.Module) -> Iterator[None]:
+    """Restore parameters and buffers where the block fails."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        raise

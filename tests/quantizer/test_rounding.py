@@ -1,0 +1,96 @@
+"""Rounding by second moments: integers of the grid, never worse than nearest, and better where inputs are alike."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dopt_api.errors import NumbersError
+from dopt_api.quantizer import Grid
+from dopt_api.quantizer.rounding import BLOCK, output_error, round_weight
+
+NARROW = Grid(4, signed=True, symmetric=True, narrow=True)
+
+
+@st.composite
+def problems(draw):
+    groups, outputs, columns = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weight = generator.standard_normal((groups, outputs, columns)) * 10.0 ** draw(st.integers(-6, 6))
+    samples = draw(st.integers(0, 30))  # fewer than columns: moments without an inverse
+    mixed = generator.standard_normal((groups, max(samples, 1), columns)) @ generator.standard_normal(
+        (columns, columns)
+    )
+    moments = np.swapaxes(mixed, 1, 2) @ mixed * (samples > 0) * 10.0 ** draw(st.integers(-6, 6))
+    scale = np.abs(weight).max(axis=2) / NARROW.qmax * draw(st.sampled_from([0.5, 1.0, 2.0]))
+    return weight, np.where(scale > 0, scale, 1.0), moments
+
+
+@given(problem=problems())
+def test_integers_are_on_the_grid_and_never_worse_than_nearest(problem):
+    weight, scale, moments = problem
+    found = round_weight(weight, scale, moments, NARROW)
+    assert found.dtype == np.int32
+    assert found.min() >= NARROW.qmin
+    assert found.max() <= NARROW.qmax
+    nearest = np.clip(np.rint(weight / scale[..., None]), NARROW.qmin, NARROW.qmax)
+    errors = [output_error(integers * scale[..., None] - weight, moments) for integers in (found, nearest)]
+    assert (errors[0] <= errors[1]).all()
+
+
+@given(problem=problems(), power=st.integers(-20, 20))
+def test_units_do_not_matter(problem, power):
+    weight, scale, moments = problem
+    wanted = round_weight(weight, scale, moments, NARROW)
+    np.testing.assert_array_equal(round_weight(weight * 2.0**power, scale * 2.0**power, moments, NARROW), wanted)
+    np.testing.assert_array_equal(round_weight(weight, scale, moments * 4.0**power, NARROW), wanted)
+
+
+@given(problem=problems())
+def test_groups_are_rounded_each_by_itself(problem):
+    weight, scale, moments = problem
+    wanted = round_weight(weight, scale, moments, NARROW)
+    for group in range(len(weight)):
+        one = slice(group, group + 1)
+        np.testing.assert_array_equal(round_weight(weight[one], scale[one], moments[one], NARROW), wanted[one])
+
+
+def test_inputs_that_have_nothing_to_do_with_each_other_are_rounded_to_nearest():
+    weight = np.random.default_rng(0).uniform(-6, 6, (1, 5, 40))
+    moments = np.diag(np.arange(1.0, 41.0))[None]
+    np.testing.assert_array_equal(round_weight(weight, np.ones((1, 5)), moments, NARROW), np.rint(weight))
+
+
+def test_what_is_on_the_grid_stays():
+    integers = np.random.default_rng(0).integers(-7, 8, (1, 5, 100))
+    x = np.random.default_rng(1).standard_normal((300, 100))
+    found = round_weight(integers * 0.3, np.full((1, 5), 0.3), (x.T @ x)[None], NARROW)
+    np.testing.assert_array_equal(found, integers)
+
+
+def test_alike_inputs_leave_a_fraction_of_the_error():
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((2000, 4)) @ generator.standard_normal((4, 3 * BLOCK)) / 2
+    x += 0.1 * generator.standard_normal(x.shape)
+    moments, weight = (x.T @ x / len(x))[None], generator.standard_normal((1, 16, 3 * BLOCK))
+    scale = np.abs(weight).max(axis=2) / NARROW.qmax
+    found = round_weight(weight, scale, moments, NARROW) * scale[..., None] - weight
+    nearest = np.rint(weight / scale[..., None]) * scale[..., None] - weight
+    assert output_error(found, moments).sum() < output_error(nearest, moments).sum() / 10
+
+
+def test_the_error_of_the_output_is_that_of_the_output():
+    generator = np.random.default_rng(0)
+    x, error = generator.standard_normal((50, 6)), generator.standard_normal((1, 3, 6))
+    moments = (x.T @ x / len(x))[None]
+    np.testing.assert_allclose(output_error(error, moments)[0], np.square(x @ error[0].T).mean(axis=0))
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused(part, value):
+    parts = [np.ones((1, 1, 2)), np.ones((1, 1)), np.eye(2)[None]]
+    parts[part] = parts[part].copy()
+    parts[part].flat[0] = value
+    with pytest.raises(NumbersError, match="NaN or infinite"):
+        round_weight(*parts, NARROW)
