@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import metadata
 from typing import Any
 
@@ -23,9 +24,9 @@ STRATEGIES = "dopt.strategies"
 RANGES = "dopt.ranges"
 
 
-def names(group: str) -> tuple[str, ...]:
-    """Return the names that installed distributions add to a group, in alphabetical order."""
-    return tuple(sorted({point.name for point in metadata.entry_points(group=group)}))
+def names(group: str, own: Collection[str]) -> tuple[str, ...]:
+    """Return the toolkit's own names and then those that installed distributions add, in alphabetical order."""
+    return (*own, *sorted({point.name for point in metadata.entry_points(group=group)}.difference(own)))
 
 
 def load(group: str, name: str) -> tuple[Any, str]:

@@ -58,7 +58,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 def strategy_names() -> tuple[str, ...]:
     """Return the names of all strategies, those that installed distributions add last."""
-    return (*STRATEGIES, *(name for name in extensions.names(extensions.STRATEGIES) if name not in STRATEGIES))
+    return extensions.names(extensions.STRATEGIES, STRATEGIES)
 
 
 def get_strategy(name: str) -> Strategy:

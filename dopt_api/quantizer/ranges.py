@@ -170,7 +170,7 @@ DEFAULT_RANGE = "min_max"
 
 def range_method_names() -> tuple[str, ...]:
     """Return the names of all methods, those that installed distributions add last."""
-    return (*RANGE_METHODS, *(name for name in extensions.names(extensions.RANGES) if name not in RANGE_METHODS))
+    return extensions.names(extensions.RANGES, RANGE_METHODS)
 
 
 def get_range_method(name: str) -> RangeMethod:

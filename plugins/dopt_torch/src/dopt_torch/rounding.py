@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dopt_api.quantizer.rounding import output_error, round_weight
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, norm_of, original_class, quantized_layers
+from dopt_torch.running import evaluation, run, taking_over
 
 __all__ = ["RoundedLayer", "round_weights"]
 
@@ -89,16 +90,16 @@ def round_weights(
         _Rounding(layer, _Sampler(layer, positions, seed + number), owners[id(layer.weight)] > 1)
         for number, layer in enumerate(ordered)
     ]
-    with torch.no_grad(), _evaluation(model), _kept_on_failure(root):
-        with _tapped(roundings, "sample_float"):
+    with torch.no_grad(), evaluation(model), _kept_on_failure(root):
+        with _sampling(roundings, "sample_float"):
             for batch in data:
-                _run(model, batch)
+                run(model, batch)
         for rounding in roundings:
             even = rounding.calls % len(data) == 0  # else nobody knows when a batch is done with the layer
             rounding.calls_a_batch = rounding.calls // len(data) if even else 0
         for rounding in progress(roundings):
             if not rounding.reason:
-                with _tapped([rounding], "sample_quantized"):
+                with _sampling([rounding], "sample_quantized"):
                     for batch in data:
                         _run_until(model, batch, rounding)
             rounding.conclude(damping)
@@ -346,40 +347,18 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (tuple(value) * 2)[:2]
 
 
-def _run(model: nn.Module, batch: Any) -> None:
-    args = batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
-    model(*args, **(batch if isinstance(batch, dict) else {}))
-
-
 def _run_until(model: nn.Module, batch: Any, rounding: _Rounding) -> None:
     """Run the model until the layer has been called as often as a batch calls it."""
     rounding.left = rounding.calls_a_batch
     with suppress(_Reached):
-        _run(model, batch)
+        run(model, batch)
 
 
-@contextmanager
-def _tapped(roundings: list[_Rounding], method: str) -> Iterator[None]:
-    """Let a method of each take the place of the layer's own forward."""
+def _sampling(roundings: list[_Rounding], method: str) -> AbstractContextManager[None]:
+    """Let a method of each take the place of the layer's own forward, with the positions begun anew."""
     for rounding in roundings:
         rounding.sampler.restart()
-        rounding.layer.__dict__["forward"] = getattr(rounding, method)
-    try:
-        yield
-    finally:
-        for rounding in roundings:
-            del rounding.layer.__dict__["forward"]
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return taking_over({rounding.layer: getattr(rounding, method) for rounding in roundings})
 
 
 @contextmanager

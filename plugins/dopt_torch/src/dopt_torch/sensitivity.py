@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from dopt_torch.find_layers import tensors_of
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, original_class, quantized_layers, shadowed
+from dopt_torch.running import evaluation, run, taking_over
 
 __all__ = ["Cost", "measure_sensitivity"]
 
@@ -64,7 +65,8 @@ def measure_sensitivity(
     candidates = [get_strategy(name) for name in strategies]
     taps = [_Tap(layer, candidates) for layer in quantized_layers(root)]
     energy, samples, generator = 0.0, 0, torch.Generator().manual_seed(seed)
-    with _float_in_evaluation(model, taps):
+    forwards: dict[nn.Module, Callable[..., Any]] = {tap.layer: tap.run for tap in taps}
+    with evaluation(model), _without_gradients(model.parameters()), taking_over(forwards):
         for batch in batches:
             outputs = _outputs(model, batch)
             for tap in taps:
@@ -157,10 +159,8 @@ class _Backward(torch.autograd.Function):
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """Run the model with gradients and return its floating outputs, samples first."""
-    args: tuple[Any, ...] = batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
-    kwargs = batch if isinstance(batch, dict) else {}
     with torch.inference_mode(False), torch.enable_grad():
-        found = [tensor for tensor in tensors_of(model(*args, **kwargs)) if tensor.is_floating_point()]
+        found = [tensor for tensor in tensors_of(run(model, batch)) if tensor.is_floating_point()]
     found = [tensor for tensor in found if tensor.requires_grad and tensor.dim()]
     if not found:
         raise ModelError(
@@ -172,21 +172,13 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _float_in_evaluation(model: nn.Module, taps: Sequence[_Tap]) -> Iterator[None]:
-    """Let the tapped layers run in float and every module in evaluation mode, and parameters have no gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in wanted:
+def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters have no gradients for the time of the block."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in before:
         parameter.requires_grad_(False)
-    for tap in taps:
-        tap.layer.__dict__["forward"] = tap.run
     try:
         yield
     finally:
-        for tap in taps:
-            del tap.layer.__dict__["forward"]
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)
-        for module, mode in modes:
-            module.training = mode
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
