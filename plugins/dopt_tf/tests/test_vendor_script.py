@@ -187,8 +187,8 @@ def project(trained, tmp_path):
 
 def test_the_strategy_file_has_the_layout_of_the_contract(trained):
     content = json.loads((trained[1] / "config_gen.json").read_text())
-    assert content["quant_strategy_for op 'Conv2D'"] == ["Quant_INT8-8"]
-    assert content["quant_strategy_for op 'MatMul'"] == ["Quant_INT8-8"]
+    assert content["quant_strategy_for op 'Conv2D'"][0] == "Quant_INT8-8"
+    assert content["quant_strategy_for op 'MatMul'"][0] == "Quant_INT8-8"
     assert "input_shape" not in content
     assert list(content["layer_strategy"]) == LAYERS
     assert content["layer_strategy"]["fc"] == {"op_type": "MatMul", "quant_strategy": "Quant_INT8-8"}

@@ -102,7 +102,7 @@ def project(tmp_path):
 def test_the_strategy_file_has_the_layout_of_the_contract(project):
     content = json.loads((project / "config_gen.json").read_text())
     conv = "<class 'torch.nn.modules.conv.Conv2d'>"
-    assert content[f"quant_strategy_for op '{conv}'"] == ["Quant_INT8-8"]
+    assert content[f"quant_strategy_for op '{conv}'"][0] == "Quant_INT8-8"
     assert content["input_shape"] == "x:1,1,10,10"
     assert list(content["layer_strategy"]) == ["conv1/Conv2D", "conv2/Conv2D", "fc/Linear"]
     assert content["layer_strategy"]["conv1/Conv2D"] == {"op_type": conv, "quant_strategy": "Quant_INT8-8"}
