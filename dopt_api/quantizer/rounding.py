@@ -8,28 +8,44 @@ from numpy.typing import ArrayLike, NDArray
 from dopt_api.errors import NumbersError
 from dopt_api.quantizer.grid import Grid
 
-__all__ = ["output_error", "round_weight"]
+__all__ = ["best_scale", "compensated_weight", "output_error", "round_weight"]
 
 BLOCK = 64
 """How many columns are rounded before the rest of the weight is told."""
 
+SWEEPS = 3
+"""How often each integer is set anew."""
+
+SHRINKS = np.arange(32, 9, -1) / 32
+"""What :func:`best_scale` tries."""
+
 
 def round_weight(
-    weight: ArrayLike, scale: ArrayLike, moments: ArrayLike, grid: Grid, *, damping: float = 0.01
+    weight: ArrayLike,
+    scale: ArrayLike,
+    moments: ArrayLike,
+    grid: Grid,
+    *,
+    wanted: ArrayLike | None = None,
+    damping: float = 0.1,
 ) -> NDArray[np.int32]:
     r"""Return integers for a weight whose error :math:`e` does least to the output: least :math:`e^T M e`.
 
     :math:`M` is the second moment of what the weight is multiplied with. Column by column, the greatest moment first,
     the weight is rounded to nearest, and the columns that are still to come take over what that changed in the output
-    (the second-order update of Frantar et al. 2023, "GPTQ", with the order of columns of that paper's code). An output
-    channel for which this comes out worse than rounding to nearest is rounded to nearest.
+    (the second-order update of Frantar et al. 2023, "GPTQ", with the order of columns of that paper's code). Then each
+    integer is set anew to what is best beside the others, some times over (coordinate descent, as in Behdin et al.
+    2023, "QuantEase"). An output channel for which this comes out worse than rounding to nearest is rounded to nearest.
 
     Args:
         weight: ``[G, O, K]``: groups, output channels of a group, and what each sums over.
         scale: ``[G, O]``, positive, in the unit of the weight.
         moments: ``[G, K, K]``, symmetric and positive semi-definite.
         grid: The integers; symmetric.
-        damping: Added to the diagonal of the moments, as a share of its mean: how little few samples are trusted.
+        wanted: ``[G, O, K]``: the weight from which errors count, as :func:`compensated_weight` gives it; by default
+            ``weight``.
+        damping: Added to the diagonal of the moments, as a share of its mean: how little the samples are trusted to
+            show all that the network will see.
 
     Returns:
         Integers ``[G, O, K]`` of the grid.
@@ -44,20 +60,92 @@ def round_weight(
         array([[[0, 1]]], dtype=int32)
     """
     w, s, m = (np.asarray(part, np.float64) for part in (weight, scale, moments))
-    if not (np.isfinite(w).all() and np.isfinite(m).all() and np.isfinite(s).all() and (s > 0).all()):
+    target = w if wanted is None else np.asarray(wanted, np.float64)
+    if not (all(np.isfinite(part).all() for part in (w, s, m, target)) and (s > 0).all()):
         raise NumbersError("A weight, scale or moment is NaN or infinite, or a scale is not positive")
     nearest = np.clip(np.rint(w / s[..., None]), grid.qmin, grid.qmax)
     diagonal = np.diagonal(m, axis1=1, axis2=2)
-    mean = diagonal.mean(axis=1, keepdims=True)
-    damped = m + np.eye(m.shape[1]) * np.where(mean > 0, damping * mean, 1.0)[..., None]
+    damped = _damped(m, damping)
     order = np.argsort(-diagonal, axis=1, kind="stable")
     along, across = order[:, None, :], order[:, :, None]
     ordered = np.take_along_axis(np.take_along_axis(damped, across, 1), along, 2)
     upper = np.swapaxes(np.linalg.cholesky(np.linalg.inv(ordered)), 1, 2)
     found = np.empty_like(w)
-    np.put_along_axis(found, along, _rounded(np.take_along_axis(w, along, 2), s, upper, grid), 2)
-    worse = output_error(found * s[..., None] - w, m) > output_error(nearest * s[..., None] - w, m)
+    np.put_along_axis(found, along, _rounded(np.take_along_axis(target, along, 2), s, upper, grid), 2)
+    for _ in range(SWEEPS):
+        _descend(found, target, s, damped, grid)
+    worse = output_error(found * s[..., None] - target, m) > output_error(nearest * s[..., None] - target, m)
     return np.where(worse[..., None], nearest, found).astype(np.int32)
+
+
+def compensated_weight(
+    weight: ArrayLike, moments: ArrayLike, cross: ArrayLike, *, ridge: float = 3.0
+) -> NDArray[np.float64]:
+    """Return the weight whose outputs on the quantized inputs come closest to the float outputs, by least squares.
+
+    The error that the layers before have made is so undone as far as this layer can. It is ridge regression towards
+    the weight itself: what the samples do not show stays as it is.
+
+    Args:
+        weight: ``[G, O, K]``.
+        moments: ``[G, K, K]``, of the quantized inputs, about their mean.
+        cross: ``[G, O, K]``, of the float outputs with the quantized inputs, about their means.
+        ridge: Its strength, as a share of the mean of the moments' diagonal. Weaker ones fit the samples better, and
+            other data worse.
+
+    Example:
+        >>> compensated_weight([[[1.0]]], [[[0.5]]], [[[1.0]]], ridge=0.0)  # inputs came out half as large
+        array([[[2.]]])
+    """
+    w, m, c = (np.asarray(part, np.float64) for part in (weight, moments, cross))
+    damped = _damped(m, ridge)
+    result: NDArray[np.float64] = np.swapaxes(np.linalg.solve(damped, np.swapaxes(c + w @ (damped - m), 1, 2)), 1, 2)
+    return result
+
+
+def best_scale(weight: ArrayLike, scale: ArrayLike, moments: ArrayLike, grid: Grid) -> NDArray[np.float64]:
+    """Return scales ``[G, O]``, the given ones times 0.3 to 1: those whose rounding to nearest does the output least.
+
+    Args:
+        weight: ``[G, O, K]``.
+        scale: ``[G, O]``: those that clip nothing.
+        moments: ``[G, K, K]``.
+        grid: The integers; symmetric.
+    """
+    w, s, m = (np.asarray(part, np.float64) for part in (weight, scale, moments))
+    found: NDArray[np.float64] = s.copy()
+    least = np.full(s.shape, np.inf)
+    for shrink in SHRINKS:
+        part = s * shrink
+        nearest = np.clip(np.rint(w / part[..., None]), grid.qmin, grid.qmax)
+        error = output_error(nearest * part[..., None] - w, m)
+        found, least = np.where(error < least, part, found), np.minimum(error, least)
+    return found
+
+
+def _damped(moments: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+    mean = np.diagonal(moments, axis1=1, axis2=2).mean(axis=1)
+    result: NDArray[np.float64] = (
+        moments + np.eye(moments.shape[1]) * np.where(mean > 0, damping * mean, 1.0)[:, None, None]
+    )
+    return result
+
+
+def _descend(
+    integers: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    moments: NDArray[np.float64],
+    grid: Grid,
+) -> None:
+    """Set each integer in turn, in place, to what is best beside the others."""
+    gradient = (integers * scale[..., None] - weight) @ moments
+    for column in range(weight.shape[2]):
+        before = integers[:, :, column].copy()
+        step = gradient[:, :, column] / (scale * moments[:, column, column][:, None])
+        integers[:, :, column] = np.clip(np.rint(before - step), grid.qmin, grid.qmax)
+        change = (integers[:, :, column] - before) * scale
+        gradient += change[..., None] * moments[:, column, None, :]
 
 
 def output_error(error: ArrayLike, moments: ArrayLike) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dopt_api.errors import NumbersError
 from dopt_api.quantizer import Grid
-from dopt_api.quantizer.rounding import BLOCK, output_error, round_weight
+from dopt_api.quantizer.rounding import BLOCK, SHRINKS, best_scale, compensated_weight, output_error, round_weight
 
 NARROW = Grid(4, signed=True, symmetric=True, narrow=True)
 
@@ -94,3 +94,54 @@ def test_what_is_not_finite_is_refused(part, value):
     parts[part].flat[0] = value
     with pytest.raises(NumbersError, match="NaN or infinite"):
         round_weight(*parts, NARROW)
+
+
+@given(problem=problems(), seed=st.integers(0, 2**32 - 1))
+def test_errors_count_from_the_weight_that_is_wanted(problem, seed):
+    weight, scale, moments = problem
+    wanted = weight * np.random.default_rng(seed).uniform(0.8, 1.2, weight.shape)
+    found = round_weight(weight, scale, moments, NARROW, wanted=wanted)
+    nearest = np.clip(np.rint(weight / scale[..., None]), NARROW.qmin, NARROW.qmax)
+    errors = [output_error(integers * scale[..., None] - wanted, moments) for integers in (found, nearest)]
+    assert (errors[0] <= errors[1]).all()
+
+
+def test_sweeps_leave_no_integer_that_one_step_would_better():
+    generator = np.random.default_rng(3)
+    x, weight = (
+        generator.standard_normal((200, 8)) @ generator.standard_normal((8, 8)),
+        generator.standard_normal((1, 6, 8)),
+    )
+    moments, scale = (x.T @ x / len(x))[None], np.abs(weight).max(axis=2) / NARROW.qmax
+    found = round_weight(weight, scale, moments, NARROW, damping=0.0)
+    least = output_error(found * scale[..., None] - weight, moments)
+    for column in range(8):
+        for step in (-1, 1):
+            other = found.copy()
+            other[..., column] = np.clip(other[..., column] + step, NARROW.qmin, NARROW.qmax)
+            assert (output_error(other * scale[..., None] - weight, moments) >= least * (1 - 1e-12)).all()
+
+
+@given(problem=problems())
+def test_the_best_scale_is_no_worse_than_any_that_was_tried(problem):
+    weight, scale, moments = problem
+    best = best_scale(weight, scale, moments, NARROW)
+
+    def error(step):
+        nearest = np.clip(np.rint(weight / step[..., None]), NARROW.qmin, NARROW.qmax)
+        return output_error(nearest * step[..., None] - weight, moments)
+
+    for shrink in SHRINKS:
+        assert (error(best) <= error(scale * shrink)).all()
+
+
+def test_compensation_finds_the_weight_that_gave_the_outputs():
+    generator = np.random.default_rng(0)
+    x, true = generator.standard_normal((4000, 5)), generator.standard_normal((1, 3, 5))
+    seen = x @ (np.eye(5) + 0.3 * generator.standard_normal((5, 5)))  # what the layer gets in place of x
+    moments, cross = (seen.T @ seen / 4000)[None], ((x @ true[0].T).T @ seen / 4000)[None]
+    exact = compensated_weight(true, moments, cross, ridge=0.0)
+    np.testing.assert_allclose(seen @ exact[0].T, x @ true[0].T, atol=1e-8)
+    np.testing.assert_allclose(compensated_weight(true, moments, cross, ridge=1e9), true, rtol=1e-6)
+    unchanged = compensated_weight(true, moments, true @ moments)
+    np.testing.assert_allclose(unchanged, true, rtol=1e-10)

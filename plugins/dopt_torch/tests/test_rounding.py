@@ -19,6 +19,7 @@ from dopt.dopt_torch.opt_main import (
 )
 from dopt_api.errors import CalibrationError, ModelError
 from dopt_api.params import read_params
+from dopt_api.strategy import STRATEGIES
 from dopt_torch import rounding
 from dopt_torch.rounding import round_weights
 
@@ -97,21 +98,21 @@ def test_the_outputs_come_nearer_to_float_on_other_data(make, strategy, gain):
     assert sqnr(model, Net().eval(), other) > before + gain
 
 
+@pytest.mark.parametrize("search", [True, False], ids=["searched scales", "scales that reach no end of the grid"])
 @pytest.mark.parametrize("strategy", ["Quant_INT8-4", "Quant_INT8-8"])
-def test_exporting_gives_the_integers_that_were_chosen(make, tmp_path, monkeypatch, strategy):
-    chosen = []
+def test_exporting_gives_the_integers_and_scales_that_were_chosen(make, tmp_path, monkeypatch, strategy, search):
+    chosen, scales = [], []
 
-    def spy(*args, **options):
-        chosen.append(real(*args, **options))
+    def spy(weight, scale, *args, **options):
+        chosen.append(real(weight, scale, *args, **options))
+        scales.append(scale.reshape(-1))
         return chosen[-1]
 
     real = rounding.round_weight
     monkeypatch.setattr(rounding, "round_weight", spy)
+    if not search:
+        monkeypatch.setattr(rounding, "best_scale", lambda weight, scale, moments, grid: scale * 1.5)
     model = make(strategy=strategy)
-    scales = [
-        layer.dopt_quantizer.learned_weight_scale(layer.weight * fold).detach().numpy().copy()
-        for layer, fold in ((model.deep, 1.0), (model.wide, 1.0), (model.head, 1.0))
-    ]
     round_weights(model, batches(), positions=32)
     torch.save(model.state_dict(), tmp_path / "rounded.pth")
     result = generate_final_model(
@@ -126,11 +127,10 @@ def test_exporting_gives_the_integers_that_were_chosen(make, tmp_path, monkeypat
         found = weight / np.float32(entry.weight.scale)[:, None]
         np.testing.assert_allclose(found, np.rint(found), atol=1e-4)
         np.testing.assert_array_equal(np.rint(found), integers.reshape(found.shape), err_msg=entry.name)
-    for entry, scale in zip(layers[1:], scales, strict=True):
+    for entry, scale in zip(layers, scales, strict=True):
         np.testing.assert_allclose(entry.weight.scale, scale, rtol=1e-6)
     ends = {int(np.abs(row).max()) for integers in chosen for row in integers.reshape(-1, integers.shape[-1])}
-    if strategy == "Quant_INT8-8":
-        assert min(ends) < 127, "no channel lost its extreme, so that nothing was put to the test"
+    assert search or max(ends) < STRATEGIES[strategy].weight.qmax
 
 
 def test_the_mean_of_the_outputs_is_that_of_float(make):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dopt_api.errors import CalibrationError, never_calibrated
-from dopt_api.quantizer.rounding import output_error, round_weight
+from dopt_api.quantizer.rounding import best_scale, compensated_weight, output_error, round_weight
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, norm_of, original_class, quantized_layers
@@ -30,8 +30,9 @@ class RoundedLayer:
 
     Attributes:
         name: The layer's name.
-        nearest: Mean squared error of its output that rounding to nearest causes, as a share of the output's variance.
-        rounded: The same as it is now.
+        nearest: Mean squared difference, about its mean, of its output from the float network's with weights rounded to
+            nearest, less what no weight could mend; as a share of the output's variance.
+        rounded: The same as it is now; never more.
         reason: Why the layer was left alone, or empty.
     """
 
@@ -45,21 +46,24 @@ def round_weights(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    positions: int = 128,
-    damping: float = 0.01,
+    positions: int = 64,
+    damping: float = 0.3,
     seed: int = 0,
     progress: Progress = iter,
 ) -> list[RoundedLayer]:
     """Round the weights of a calibrated model, layer by layer, and correct their biases; the model is changed in place.
 
     Layer after layer, in execution order, the quantized inputs of a layer are sampled, with all layers before it
-    rounded already; the weight is rounded by :func:`dopt_api.quantizer.rounding.round_weight`; and the bias (or the
-    running mean of the batch normalization that is folded in) takes up the difference to the float output's mean
-    (bias correction, Nagel et al. 2019). The weights then lie on their grids, at scales that stay as they were:
-    exporting gives just these integers. A pass that fails leaves the model as it was.
+    rounded already. What is rounded is the weight that best gives the *float* network's outputs on these inputs
+    (:func:`dopt_api.quantizer.rounding.compensated_weight`), at scales and to integers that do least to the output
+    (:func:`~dopt_api.quantizer.rounding.best_scale`, :func:`~dopt_api.quantizer.rounding.round_weight`); and the bias
+    (or the running mean of the batch normalization that is folded in) takes up the difference to the float output's
+    mean (bias correction, Nagel et al. 2019). The weights then lie on their grids: exporting gives just these
+    integers. A pass that fails leaves the model as it was.
 
-    Some 32 samples are enough, as many as a user would look at; time is about half a forward pass over them for each
-    layer. Convolutions in two dimensions and linear layers are rounded; others are listed with the reason.
+    Some 32 to 64 samples are enough; time is about half a forward pass over them for each layer, and memory holds
+    the float outputs at the sampled positions. Convolutions in two dimensions and linear layers are rounded; others
+    are listed with the reason.
 
     Args:
         model: What ``optimize_model`` returned, calibrated. Its modes are restored.
@@ -117,16 +121,21 @@ class _Moments:
         count: Number of positions.
         first: ``[G, K]``.
         second: ``[G, K, K]``.
+        outputs: The sum of the float outputs, ``[G, O]``.
+        cross: Of the products of float outputs and patches, ``[G, O, K]``.
     """
 
     def __init__(self) -> None:
-        self.count, self.first, self.second = 0, torch.zeros(()), torch.zeros(())
+        self.count = 0
+        self.first = self.second = self.outputs = self.cross = torch.zeros((), dtype=torch.float64)
 
-    def add(self, patches: Tensor) -> None:
-        """Take in patches ``[N, G, K]``."""
-        columns = patches.transpose(0, 1).double()
+    def add(self, patches: Tensor, outputs: Tensor) -> None:
+        """Take in patches ``[N, G, K]`` and the outputs ``[N, G, O]`` that the float network has in their places."""
+        columns, rows = patches.transpose(0, 1).double(), outputs.permute(1, 2, 0).double()
         self.first = self.first + columns.sum(1).cpu()
         self.second = self.second + (columns.transpose(1, 2) @ columns).cpu()
+        self.outputs = self.outputs + rows.sum(2).cpu()
+        self.cross = self.cross + (rows @ columns).cpu()
         self.count += len(patches)
 
     def mean(self) -> Tensor:
@@ -137,6 +146,10 @@ class _Moments:
         """Return the second moments about the mean, ``[G, K, K]``."""
         mean = self.mean()
         return self.second / self.count - mean[:, :, None] * mean[:, None, :]
+
+    def cross_covariance(self) -> Tensor:
+        """Return the moments of outputs and patches about their means, ``[G, O, K]``."""
+        return self.cross / self.count - (self.outputs / self.count)[:, :, None] * self.mean()[:, None, :]
 
 
 class _Sampler:
@@ -232,7 +245,7 @@ class _Rounding:
     def __init__(self, layer: QuantizedLayer, sampler: _Sampler, shared: bool) -> None:
         self.layer, self.quantizer, self.sampler = layer, layer.dopt_quantizer, sampler
         self.forward = original_class(layer).forward
-        self.exact, self.given = _Moments(), _Moments()
+        self.moments, self.outputs = _Moments(), list[Tensor]()
         self.calls, self.calls_a_batch, self.left = 0, 0, 0
         self.reason = "its weight is another layer's too" if shared else ""
         if self.quantizer.kind.function not in ("conv2d", "linear"):
@@ -242,20 +255,28 @@ class _Rounding:
     # The input is the only tensor that these layers take; by whatever name it comes, it is passed on by position.
 
     def sample_float(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer in float and sample its input."""
+        """Run the layer in float and keep what it gives at the sampled positions."""
         self.calls += 1
-        return self._sample(self.exact, args, kwargs)
+        result, patches = self._sample(args, kwargs)
+        if patches is not None:
+            weight: Any = self.layer.weight
+            groups = patches.shape[1]
+            rows = weight.reshape(groups, len(weight) // groups, -1)
+            self.outputs.append(torch.einsum("ngk,gok->ngo", patches, rows))
+        return result
 
     def sample_quantized(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the layer's quantized input, and end the pass once the batch needs the layer no more."""
         x = args[0] if args else next(iter(kwargs.values()))
-        result = self._sample(self.given, (self.quantizer.quantize_input(x), *args[1:]), {})
+        result, patches = self._sample((self.quantizer.quantize_input(x), *args[1:]), {})
+        if patches is not None:
+            self.moments.add(patches, self.outputs.pop(0))
         self.left -= 1
         if not self.left:
             raise _Reached
         return result
 
-    def _sample(self, moments: _Moments, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _sample(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
         x = args[0] if args else next(iter(kwargs.values()))
         watched = x.detach().as_subclass(_Watched)
         watched.calls = []
@@ -263,13 +284,12 @@ class _Rounding:
         call = _call_of(watched.calls, self.sampler.function)
         if call is None:
             self.reason = self.reason or f"its forward does not call {self.sampler.function} once"
-        elif not self.reason and x.numel():
-            moments.add(self.sampler.patches(call))
-        return result.as_subclass(Tensor)
+        sampled = None if self.reason or call is None or not x.numel() else self.sampler.patches(call)
+        return result.as_subclass(Tensor), sampled
 
     def conclude(self, damping: float) -> None:
         """Round the weight and correct the bias."""
-        if not self.reason and not self.given.count:
+        if not self.reason and not self.moments.count:
             self.reason = "no batch reached it"
         if self.reason:
             self.result = RoundedLayer(self.quantizer.plan.name, reason=self.reason)
@@ -280,32 +300,36 @@ class _Rounding:
             torch.ones(len(weight)) if factor is None else torch.where(factor == 0, torch.ones_like(factor), factor)
         )
         on = on_weight(folding.to(weight.device), weight, 0)
-        folded = weight.float() * on
-        scale = self.quantizer.learned_weight_scale(folded)
-        groups = self.given.first.shape[0]
+        groups = self.moments.first.shape[0]
         shape = (groups, len(weight) // groups, -1)
-        w, s = (part.double().cpu().numpy().reshape(shape) for part in (folded, scale))
-        moments = self.given.covariance().numpy()
-        integers = round_weight(w, s[..., 0], moments, grid, damping=damping)
-        rounded = torch.from_numpy(integers * s).reshape(weight.shape).to(weight.device)
-        self._correct(folded / on, rounded / on.double())
-        weight.copy_(rounded / on.double())
-        self._hold(torch.from_numpy(np.abs(integers).max(axis=2).reshape(-1)))
-        nearest = np.clip(np.rint(w / s), grid.qmin, grid.qmax) * s
-        variance = float(output_error(w, moments).sum()) or 1.0
-        errors = [float(output_error(part - w, moments).sum()) / variance for part in (nearest, integers * s)]
-        self.result = RoundedLayer(self.quantizer.plan.name, errors[0], errors[1])
-
-    def _correct(self, before: Tensor, after: Tensor) -> None:
-        """Let the bias take up how far the mean of the output has moved."""
-        groups = self.given.first.shape[0]
-        exact, found = (
-            torch.einsum(
-                "gok,gk->go", part.double().cpu().reshape(groups, len(part) // groups, -1), moments.mean()
-            ).reshape(-1)
-            for part, moments in ((before, self.exact), (after, self.given))
+        folded = weight.float() * on
+        w, s, f = (
+            part.double().cpu().numpy().reshape(shape)
+            for part in (folded, self.quantizer.learned_weight_scale(folded), on)
         )
-        shift = exact - found
+        moments, cross = self.moments.covariance().numpy(), self.moments.cross_covariance().numpy()
+        wanted = compensated_weight(w, moments, cross * f)
+        scale = best_scale(wanted, s[..., 0], moments, grid)
+        integers = round_weight(w, scale, moments, grid, wanted=wanted, damping=damping)
+        nearest = np.clip(np.rint(w / s), grid.qmin, grid.qmax)
+        errors = [output_error(part - wanted, moments) for part in (nearest * s, integers * scale[..., None])]
+        worse = errors[1] > errors[0]
+        integers = np.where(worse[..., None], nearest, integers)
+        found = integers * np.where(worse, s[..., 0], scale)[..., None]
+        rounded = torch.from_numpy(found).reshape(weight.shape).to(weight.device) / on.double()
+        self._correct(rounded)
+        weight.copy_(rounded)
+        self._hold(torch.from_numpy(np.abs(integers).max(axis=2).reshape(-1)))
+        variance = float(output_error(wanted, moments).sum()) or 1.0
+        before, after = float(errors[0].sum()) / variance, float(np.minimum(*errors).sum()) / variance
+        self.result = RoundedLayer(self.quantizer.plan.name, before, after)
+
+    def _correct(self, rounded: Tensor) -> None:
+        """Let the bias take up how far the mean of the output is from the float network's."""
+        groups = self.moments.first.shape[0]
+        rows = rounded.double().cpu().reshape(groups, len(rounded) // groups, -1)
+        found = torch.einsum("gok,gk->go", rows, self.moments.mean())
+        shift = (self.moments.outputs / self.moments.count - found).reshape(-1)
         bias: Any = self.layer._parameters.get("bias")
         norm: Any = norm_of(self.layer)
         if bias is not None:
