@@ -103,22 +103,24 @@ def compensated_weight(
     return result
 
 
-def best_scale(weight: ArrayLike, scale: ArrayLike, moments: ArrayLike, grid: Grid) -> NDArray[np.float64]:
+def best_scale(weight: ArrayLike, scale: ArrayLike, moments: ArrayLike | None, grid: Grid) -> NDArray[np.float64]:
     """Return scales ``[G, O]``, the given ones times 0.3 to 1: those whose rounding to nearest does the output least.
 
     Args:
         weight: ``[G, O, K]``.
         scale: ``[G, O]``: those that clip nothing.
-        moments: ``[G, K, K]``.
+        moments: ``[G, K, K]``; or ``None`` where the weight itself counts: inputs that have nothing to do with each
+            other and are of one size.
         grid: The integers; symmetric.
     """
-    w, s, m = (np.asarray(part, np.float64) for part in (weight, scale, moments))
+    w, s = (np.asarray(part, np.float64) for part in (weight, scale))
     found: NDArray[np.float64] = s.copy()
     least = np.full(s.shape, np.inf)
     for shrink in SHRINKS:
         part = s * shrink
         nearest = np.clip(np.rint(w / part[..., None]), grid.qmin, grid.qmax)
-        error = output_error(nearest * part[..., None] - w, m)
+        off = nearest * part[..., None] - w
+        error = np.sum(off * off, axis=2) if moments is None else output_error(off, moments)
         found, least = np.where(error < least, part, found), np.minimum(error, least)
     return found
 

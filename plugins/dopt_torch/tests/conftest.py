@@ -8,9 +8,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from padded_network import Net, batches
 from torch import Tensor, nn
 
 import dopt_api
+from dopt.dopt_torch.opt_main import generate_config_file, optimize_model, set_calibrate_state
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, database=None)
@@ -85,3 +87,27 @@ def quantize(config_of) -> Callable[..., nn.Module]:
         return quantized
 
     return make
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that quantizes a model (the padded network), all layers at a strategy, and calibrates it."""
+
+    def quantized(model=None, strategy="Quant_INT8-4", data=None, shape="x:1,3,16,16", calibrate=True):
+        model = Net().eval() if model is None else model.eval()
+        file = tmp_path / "config.json"
+        generate_config_file(model, shape, str(file))
+        content = json.loads(file.read_text())
+        for entry in content["layer_strategy"].values():
+            entry["quant_strategy"] = strategy
+        file.write_text(json.dumps(content))
+        made = optimize_model(model, str(file))
+        if calibrate:
+            set_calibrate_state(made, True)
+            with torch.no_grad():
+                for batch in batches() if data is None else data:
+                    made(batch)
+            set_calibrate_state(made, False)
+        return made
+
+    return quantized

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import inspect
+import json
 import pickle
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dopt_api.errors import CheckpointError
+from dopt_api.files import staged
 
-__all__ = ["load_checkpoint", "load_into"]
+__all__ = ["KeptWork", "load_checkpoint", "load_into"]
 
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -99,6 +103,68 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None
             expected="a checkpoint of the same model",
             fix="Build the model with the same arguments as for training.",
         ) from error
+
+
+class KeptWork:
+    """What is done of a long piece of work on a model, in a file, so that it need not be done again.
+
+    The file is a checkpoint: the model's state and, under a name of its own, what the caller notes, as JSON. It is
+    that of one model before the work and of one set of arguments; another's is refused.
+    """
+
+    _NOTES = "dopt_kept_work"
+    _SECONDS = 5.0  # between two writes
+
+    def __init__(self, path: Path, model: nn.Module, arguments: object) -> None:
+        self.path, self.model, self._written = path, model, 0.0
+        digest = hashlib.sha256(repr(arguments).encode())
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self.begun_from = digest.hexdigest()
+
+    def restore(self) -> list[list[Any]]:
+        """Bring the model to the kept state and return what was noted; nothing if there is no file.
+
+        Raises:
+            CheckpointError: The file is damaged, or is that of other work.
+        """
+        if not self.path.exists():
+            return []
+        state = dict(load_checkpoint(self.path))
+        try:
+            kept = json.loads(bytes(state.pop(self._NOTES).tolist()))
+            begun_from, notes = kept["begun_from"], list(kept["notes"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"The file {str(self.path)!r} does not hold unfinished work",
+                where=str(self.path.absolute()),
+                expected="a file that an interrupted call wrote, or none",
+                fix="Remove it, or give another path.",
+            ) from error
+        if begun_from != self.begun_from:
+            raise CheckpointError(
+                f"The unfinished work in {str(self.path)!r} was begun on another model or with other arguments",
+                where=str(self.path.absolute()),
+                expected="the same model, calibrated with the same data, and the same arguments",
+                fix="Remove the file to begin anew.",
+            )
+        load_into(self.model, state, self.path)
+        return notes
+
+    def keep(self, notes: list[Any]) -> None:
+        """Write the state and the notes, unless that was done moments ago."""
+        if time.monotonic() - self._written < self._SECONDS:
+            return
+        text = json.dumps({"begun_from": self.begun_from, "notes": notes})
+        state = {**self.model.state_dict(), self._NOTES: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+        with staged(self.path.absolute().parent) as aside:
+            torch.save(state, aside / self.path.name)
+        self._written = time.monotonic()
+
+    def forget(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
 
 
 def _quantizers(state: Mapping[str, Tensor]) -> set[str]:

@@ -24,6 +24,7 @@ __all__ = [
     "LearnedWeightScale",
     "fake_quantize",
     "fake_quantize_weight",
+    "gain_of",
     "learned_scale",
     "weight_scale",
 ]
@@ -36,6 +37,11 @@ def learned_scale(scale: Tensor, gain: Tensor) -> Tensor:
     """Return :func:`dopt_api.quantizer.learned_scale`, to the bit, differentiable in ``gain``."""
     smaller = 1 / (1 - gain.clamp_max(0.0))
     return (scale * torch.where(gain < 0, smaller, 1 + gain)).clamp_min(SMALLEST_SCALE)
+
+
+def gain_of(ratio: Tensor) -> Tensor:
+    """Return the gain that makes :func:`learned_scale` multiply a scale by a positive ``ratio``."""
+    return torch.where(ratio >= 1, ratio - 1, 1 - 1 / ratio)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dopt_api.errors import CalibrationError, never_calibrated
+from dopt_api.files import StrPath
 from dopt_api.quantizer.rounding import best_scale, compensated_weight, output_error, round_weight
+from dopt_torch.checkpoint import KeptWork
+from dopt_torch.fake_quantize import gain_of
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, norm_of, original_class, quantized_layers
@@ -46,9 +52,11 @@ def round_weights(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    positions: int = 64,
+    positions: int = 128,
     damping: float = 0.3,
     seed: int = 0,
+    seconds: float | None = None,
+    resume: StrPath | None = None,
     progress: Progress = iter,
 ) -> list[RoundedLayer]:
     """Round the weights of a calibrated model, layer by layer, and correct their biases; the model is changed in place.
@@ -71,6 +79,10 @@ def round_weights(
         positions: How many positions of each sample's output are looked at.
         damping: See :func:`~dopt_api.quantizer.rounding.round_weight`.
         seed: Of the positions.
+        seconds: After that time, layers that are left stay rounded to nearest, and are listed with that reason.
+        resume: A file that keeps what is done, layer by layer. If a call was interrupted, the same call with the same
+            model (not the interrupted one: built, quantized and calibrated anew), batches and arguments goes on from
+            there and ends with the same numbers. It is removed at the end.
         progress: Wraps the list of layers to show progress, such as ``tqdm.tqdm`` or ``rich.progress.track``.
 
     Returns:
@@ -79,35 +91,56 @@ def round_weights(
     Raises:
         ModelError: The model is not a quantized one.
         CalibrationError: A layer was never calibrated, or there are no batches.
+        CheckpointError: The file to resume from is damaged, or is that of another call.
+        OutputError: That file cannot be written.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     root, data = root_of(model), list(batches)
     if not data:
         raise CalibrationError("There are no batches", expected="one or more inputs of the model")
-    by_name = {layer.dopt_quantizer.plan.name: layer for layer in quantized_layers(root)}
-    ordered = [by_name[name] for name in root.__dict__["dopt_plan"].quantized if name in by_name]
-    if missing := [name for name, layer in by_name.items() if not layer.dopt_quantizer.is_ready()]:
-        raise never_calibrated(missing)
-    owners: dict[int, int] = {}
-    for layer in ordered:
-        owners[id(layer.weight)] = owners.get(id(layer.weight), 0) + 1
-    roundings = [
-        _Rounding(layer, _Sampler(layer, positions, seed + number), owners[id(layer.weight)] > 1)
-        for number, layer in enumerate(ordered)
-    ]
+    roundings = _roundings(root, positions, seed)
+    kept = None if resume is None else KeptWork(Path(resume), root, [len(data), positions, damping, seed])
     with torch.no_grad(), evaluation(model), _kept_on_failure(root):
-        with _sampling(roundings, "sample_float"):
-            for batch in data:
-                run(model, batch)
-        for rounding in roundings:
-            even = rounding.calls % len(data) == 0  # else nobody knows when a batch is done with the layer
-            rounding.calls_a_batch = rounding.calls // len(data) if even else 0
-        for rounding in progress(roundings):
+        _sample_float(model, data, roundings)
+        done = [] if kept is None else [RoundedLayer(*row) for row in kept.restore()]
+        for rounding, result in zip(roundings, done, strict=False):
+            rounding.result = result
+        for number, rounding in enumerate(progress(roundings[len(done) :]), len(done)):
+            if end is not None and time.monotonic() > end:
+                rounding.reason = rounding.reason or "no time was left for it"
             if not rounding.reason:
                 with _sampling([rounding], "sample_quantized"):
                     for batch in data:
                         _run_until(model, batch, rounding)
             rounding.conclude(damping)
+            if kept is not None:
+                kept.keep([astuple(earlier.result) for earlier in roundings[: number + 1]])
+    if kept is not None:
+        kept.forget()
     return [rounding.result for rounding in roundings]
+
+
+def _roundings(root: nn.Module, positions: int, seed: int) -> list[_Rounding]:
+    """Return what is to be rounded, in execution order."""
+    by_name = {layer.dopt_quantizer.plan.name: layer for layer in quantized_layers(root)}
+    ordered = [by_name[name] for name in root.__dict__["dopt_plan"].quantized if name in by_name]
+    if missing := [name for name, layer in by_name.items() if not layer.dopt_quantizer.is_ready()]:
+        raise never_calibrated(missing)
+    owners = Counter(id(layer.weight) for layer in ordered)
+    return [
+        _Rounding(layer, _Sampler(layer, positions, seed + number), owners[id(layer.weight)] > 1)
+        for number, layer in enumerate(ordered)
+    ]
+
+
+def _sample_float(model: nn.Module, data: list[Any], roundings: list[_Rounding]) -> None:
+    """Run the network in float and keep what each layer gives."""
+    with _sampling(roundings, "sample_float"):
+        for batch in data:
+            run(model, batch)
+    for rounding in roundings:
+        even = rounding.calls % len(data) == 0  # else nobody knows when a batch is done with the layer
+        rounding.calls_a_batch = rounding.calls // len(data) if even else 0
 
 
 class _Reached(Exception):  # noqa: N818  # no error: the layer has what it needs of this batch
@@ -341,8 +374,7 @@ class _Rounding:
         """Let the gain make up for extremes that were rounded away, so that the scale in use stays."""
         grid = self.quantizer.plan.strategy.weight
         ratio = (grid.qmax - grid.qmin) / (2 * largest.double())  # of the scale in use to what the extremes give
-        gain = torch.where(ratio >= 1, ratio - 1, 1 - 1 / ratio)
-        gain = torch.where(largest > 0, gain, torch.zeros_like(gain))
+        gain = torch.where(largest > 0, gain_of(ratio), torch.zeros_like(ratio))
         self.quantizer.weight_gain.copy_(gain.to(self.quantizer.weight_gain))
 
 

@@ -1,0 +1,96 @@
+"""Post-training quantization in one call: calibrate, then round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from dopt_api.errors import CalibrationError
+from dopt_api.files import StrPath
+from dopt_torch.optimize import set_calibrate_state
+from dopt_torch.rounding import RoundedLayer, round_weights
+from dopt_torch.running import run
+
+__all__ = ["post_training"]
+
+
+def post_training(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    samples: int = 32,
+    seconds: float | None = None,
+    resume: StrPath | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[RoundedLayer]:
+    """Calibrate a quantized model and round its weights for its outputs; the model is changed in place.
+
+    All batches are looked at once, for the ranges of the activations; the first ``samples`` of them serve
+    :func:`dopt_torch.rounding.round_weights`, and are all that is held in memory.
+
+    Args:
+        model: What ``optimize_model`` returned. It is calibrated anew.
+        batches: Inputs as the model takes them: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+            Any iterable, such as a generator; passed over once.
+        samples: How many samples the rounding looks at; whole batches are taken until they are reached. More are
+            slower and, up to some hundreds, better.
+        seconds: The time that all of it may take; the calibration is always done, and layers for which no time is left
+            are rounded to nearest.
+        resume: A file that keeps what is done; see :func:`~dopt_torch.rounding.round_weights`.
+        progress: Wraps the batches and then the layers to show progress, such as ``tqdm.tqdm``.
+
+    Returns:
+        What rounding did to each quantized layer, in execution order.
+
+    Raises:
+        ModelError: The model is not a quantized one.
+        CalibrationError: There are no batches, or what a layer saw cannot be quantized.
+        CheckpointError: The file to resume from is damaged, or is that of another call.
+        OutputError: That file cannot be written.
+
+    Example:
+        One call stands between ``optimize_model`` and the export::
+
+            quant_model = optimize_model(model, "config.json")
+            report = post_training(quant_model, loader, seconds=600, resume="rounding.pth", progress=tqdm.tqdm)
+            torch.save(quant_model.state_dict(), "quant.pth")
+    """
+    begun = time.monotonic()
+    held: list[Any] = []
+    found = 0
+    _leave_calibration(model)  # one that was on is begun anew
+    set_calibrate_state(model, True)
+    try:
+        with torch.no_grad():
+            for batch in progress(batches):
+                run(model, batch)
+                if found < samples:
+                    held.append(batch)
+                    found += _size(batch)
+    except BaseException:
+        _leave_calibration(model)
+        raise
+    set_calibrate_state(model, False)
+    left = None if seconds is None else seconds - (time.monotonic() - begun)
+    return round_weights(model, held, seconds=left, resume=resume, progress=progress)
+
+
+def _leave_calibration(model: nn.Module) -> None:
+    """Switch calibration off, whatever it has seen."""
+    with suppress(CalibrationError):
+        set_calibrate_state(model, False)
+
+
+def _size(batch: Any) -> int:
+    """Return how many samples a batch has: the first dimension of its first tensor."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 1)
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+    return (part for part in parts if isinstance(part, torch.Tensor))
