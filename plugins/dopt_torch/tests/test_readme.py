@@ -29,3 +29,28 @@ def test_the_code_of_the_page_on_mixed_precision_keeps_its_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     layers = json.loads((tmp_path / "mixed.json").read_text())["layer_strategy"]
     assert {entry["quant_strategy"] for entry in layers.values()} == {"Quant_INT8-8", "Quant_INT8-4"}
+
+
+BEFORE = """
+import json, torch
+from torch import nn
+from dopt.dopt_torch.opt_main import generate_config_file, get_quant_loss, optimize_model
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+generate_config_file(model, "x:1,3,8,8", "config.json")
+text = open("config.json").read().replace('"quant_strategy": "float"', '"quant_strategy": "Quant_INT8-4"')
+open("config.json", "w").write(text)
+quant_model = optimize_model(model, "config.json")
+batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+"""
+
+
+def test_the_code_of_the_page_on_pytorch_quantizes_and_retrains(tmp_path):
+    text = (ROOT / "docs" / "pytorch.md").read_text("utf-8")
+    parts = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "post_training" in code]
+    parts += [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "freeze_norms" in code]
+    assert len(parts) == 2
+    after = "\nassert [one.reason for one in report] == ['', ''] and loss.isfinite()"
+    code = BEFORE + "\n".join(parts) + after
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "quant.pth").stat().st_size > 1000
