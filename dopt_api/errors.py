@@ -16,6 +16,7 @@ __all__ = [
     "ConfigError",
     "DoptError",
     "ExtensionError",
+    "FormatError",
     "ModelError",
     "NumbersError",
     "OutputError",
@@ -83,7 +84,7 @@ class BackendError(DoptError):
 
 
 class ExtensionError(DoptError):
-    """A strategy or a range method that an installed distribution adds is broken, or comes from two of them."""
+    """A strategy, range method or format that an installed distribution adds is broken, or comes from two of them."""
 
 
 class CalibrationError(DoptError):
@@ -125,6 +126,10 @@ class CheckpointError(DoptError):
 
 class OutputError(DoptError):
     """A result cannot be written."""
+
+
+class FormatError(DoptError):
+    """A model cannot be written in a format: unknown, not for this model, or a package is missing."""
 
 
 class SearchError(DoptError):

@@ -1,7 +1,8 @@
 """What third parties add without a backend: an entry point, whose name is the name by which it is asked for.
 
 The group says what it is: ``dopt.strategies`` for a :class:`dopt_api.strategy.Strategy`, ``dopt.ranges`` for a function
-from statistics and grid to a range. Names are listed without importing anything; only what is asked for is loaded.
+from statistics and grid to a range, ``dopt.formats`` for a writer (:mod:`dopt_api.formats`). Names are listed without
+importing anything; only what is asked for is loaded.
 
 Example:
     In the ``pyproject.toml`` of a distribution::
@@ -18,10 +19,11 @@ from typing import Any
 
 from dopt_api.errors import ExtensionError
 
-__all__ = ["RANGES", "STRATEGIES", "load", "names"]
+__all__ = ["FORMATS", "RANGES", "STRATEGIES", "load", "names"]
 
 STRATEGIES = "dopt.strategies"
 RANGES = "dopt.ranges"
+FORMATS = "dopt.formats"
 
 
 def names(group: str, own: Collection[str]) -> tuple[str, ...]:

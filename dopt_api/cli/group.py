@@ -12,7 +12,7 @@ from dopt_api.errors import DoptError, closest
 
 __all__ = ["COMMANDS", "Group", "dopt"]
 
-COMMANDS = {"new-backend": "dopt_api.cli.new_backend"}
+COMMANDS = {"convert": "dopt_api.cli.convert", "new-backend": "dopt_api.cli.new_backend"}
 """The module of each command. It has the command under the name ``command``, and imports what is slow inside it."""
 
 
