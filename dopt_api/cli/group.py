@@ -12,7 +12,11 @@ from dopt_api.errors import DoptError, closest
 
 __all__ = ["COMMANDS", "Group", "dopt"]
 
-COMMANDS = {"convert": "dopt_api.cli.convert", "new-backend": "dopt_api.cli.new_backend"}
+COMMANDS = {
+    "convert": "dopt_api.cli.convert",
+    "new-backend": "dopt_api.cli.new_backend",
+    "verify": "dopt_api.cli.verify",
+}
 """The module of each command. It has the command under the name ``command``, and imports what is slow inside it."""
 
 

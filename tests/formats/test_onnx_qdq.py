@@ -9,59 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from quantized_chain import convolve, edit, network
 
 from dopt_api.errors import DoptError, ExtensionError, FormatError, OutputError, ParamsError
 from dopt_api.formats import convert, format_names, get_format
 from dopt_api.formats.writers import FORMATS
-from dopt_api.params import BiasParams, LayerParams, QuantParams, TensorParams, render_params
-from dopt_api.quantizer import dequantize, fake_quantize
-from dopt_api.strategy import get_strategy
-
-CONV = "Conv"
-
-
-def entry(number, scale, zero_point, weight_scale, bias_scale, strategy="Quant_INT8-8", others=()):
-    grids = get_strategy(strategy)
-    return LayerParams(
-        name=f"layer{number}",
-        node=f"conv{number}",
-        op_type=CONV,
-        strategy=strategy,
-        input=TensorParams(f"x{number}", grids.activation.dtype, grids.activation.bits, (scale,), (zero_point,), None),
-        weight=TensorParams(
-            f"w{number}", grids.weight.dtype, grids.weight.bits, tuple(weight_scale), (0,) * len(weight_scale), 0
-        ),
-        bias=None if bias_scale is None else BiasParams(f"b{number}", "int32", tuple(bias_scale)),
-        other_calls=tuple(others),
-    )
-
-
-def network(folder, strategies=("Quant_INT8-8", "Quant_INT8-8"), seed=0, bias=True):
-    """Write a chain of convolutions with weights on their grids, and return it: integers, scales and biases."""
-    generator = np.random.default_rng(seed)
-    nodes, tensors, layers, facts = [], [], [], []
-    for number, strategy in enumerate(strategies):
-        grids = get_strategy(strategy)
-        integers = generator.integers(grids.weight.qmin, grids.weight.qmax + 1, (4, 3 if not number else 4, 3, 3))
-        steps = generator.uniform(0.001, 0.01, 4).astype(np.float32)
-        scale, zero_point = np.float32(generator.uniform(0.01, 0.05)), int(generator.integers(0, grids.activation.qmax))
-        bias_steps = steps * scale
-        biases = (generator.integers(-1000, 1000, 4) * bias_steps).astype(np.float32) if bias else None
-        weight = dequantize(integers, steps, np.zeros(4, np.int32), axis=0)
-        tensors += [numpy_helper.from_array(weight, f"w{number}")]
-        tensors += [numpy_helper.from_array(biases, f"b{number}")] if bias else []
-        given = [f"x{number}", f"w{number}", *([f"b{number}"] if bias else [])]
-        nodes.append(helper.make_node("Conv", given, [f"x{number + 1}"], name=f"conv{number}", pads=[1, 1, 1, 1]))
-        wide = [float(step) for step in bias_steps] if bias else None
-        layers.append(entry(number, float(scale), zero_point, [float(step) for step in steps], wide, strategy))
-        facts.append((weight, biases, scale, zero_point, grids.activation))
-    ends = [("x0", 3), (f"x{len(strategies)}", 4)]
-    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, c, None, None]) for name, c in ends]
-    graph = helper.make_graph(nodes, "g", shapes[:1], shapes[1:], tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
-    onnx.save(model, str(folder / "model.onnx"))
-    (folder / "quant_params.json").write_text(render_params(QuantParams("model.onnx", tuple(layers))))
-    return facts
+from dopt_api.params import QuantParams, render_params
+from dopt_api.quantizer import fake_quantize
 
 
 def run(file, x, optimized=False):
@@ -71,14 +25,6 @@ def run(file, x, optimized=False):
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x})[0]
-
-
-def convolve(x, weight, bias):
-    """Float64 convolution, exact for what is on grids of so few steps."""
-    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
-    y = np.einsum("nchwij,ocij->nohw", windows, weight.astype(np.float64))
-    return y if bias is None else y + bias[:, None, None]
 
 
 @given(
@@ -182,13 +128,6 @@ def test_other_padding_stays(tmp_path, amounts, options):
     x = np.random.default_rng(1).standard_normal((1, 3, 5, 5)).astype(np.float32)
     exact = run(tmp_path / "model.onnx", x)
     assert np.abs(run(file, x) - exact).max() < 0.5 * np.abs(exact).max()
-
-
-def edit(folder, change):
-    file = folder / "quant_params.json"
-    content = json.loads(file.read_text())
-    change(content["layers"][0])
-    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(

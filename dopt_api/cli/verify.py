@@ -1,0 +1,64 @@
+"""``dopt verify PARAMS``: whether the integer model computes what was simulated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["command"]
+
+
+@click.command("verify")
+@click.argument("params", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="An .npz file with an array for each input of the model.  [default: made up]",
+)
+@click.option("--min-sqnr", type=float, metavar="DB", help="Exit with status 1 below so many dB at the outputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bool) -> None:
+    """Run an export in float and in integers and compare, layer by layer, most damaged first.
+
+    PARAMS is the quant_params.json of an export, with its ONNX model beside it, or the folder of both.
+    """
+    try:
+        from dopt_api.verify import verify  # noqa: PLC0415  # help does not need it
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"dopt verify needs {error.name}, which is not installed. Fix: pip install 'dopt-api[verify]'."
+        ) from error
+    file = params / "quant_params.json" if params.is_dir() else params
+    found = verify(file, None if data is None else [_arrays(data)])
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+    else:
+        click.echo(f"{'layer':40} {'SQNR dB':>8} {'cosine':>8} {'clipped':>8} {'hazard':>8}")
+        for layer in sorted(found.layers, key=lambda one: one.sqnr_db):
+            shares = f"{layer.clipped:8.2%} {layer.hazard:8.1%}"
+            click.echo(f"{layer.name:40} {layer.sqnr_db:8.2f} {layer.cosine:8.5f} {shares}")
+        click.echo(f"\noutputs against float: {found.sqnr_db:.2f} dB, cosine {found.cosine:.5f}")
+        click.echo(f"with all optimizations: {found.optimized_db:.2f} dB; against without: {found.kernels_db:.2f} dB")
+        click.echo("kernels: " + ", ".join(f"{count} {kind}" for kind, count in found.kernels.items()))
+        if any(layer.hazard for layer in found.layers):
+            click.echo(
+                "\nhazard: on processors with AVX2 and without VNNI, sums of two products can overflow 16 bits in the\n"
+                "share of channels shown. Give these layers the strategy 'Quant_INT8-7' for such targets."
+            )
+    if min_sqnr is not None and not min(found.sqnr_db, found.optimized_db) >= min_sqnr:
+        worst = min(found.sqnr_db, found.optimized_db)
+        raise click.ClickException(f"The outputs have {worst:.2f} dB, less than --min-sqnr {min_sqnr:g}.")
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    import numpy as np  # noqa: PLC0415  # help does not need it
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError) as error:
+        raise click.ClickException(f"The data {str(file)!r} cannot be read as .npz: {error}") from error

@@ -1,0 +1,209 @@
+"""Whether what runs is what was simulated: an export's float graph beside its integer form, layer by layer.
+
+The integer form is that of the format ``onnx_qdq``, run by ONNX Runtime once as it stands and once with all graph
+optimizations, where layers run in integer kernels. It needs the packages of the extra ``verify``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from dopt_api.errors import FormatError
+from dopt_api.files import StrPath
+from dopt_api.formats import convert
+from dopt_api.params import LayerParams, QuantParams, read_params
+
+__all__ = ["LayerCheck", "Verification", "verify"]
+
+Feed = Mapping[str, NDArray[Any]]
+
+MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger")
+
+PAIR_LIMIT = 128
+"""The greatest sum of two weights whose products with 255 do not overflow 16 bits: 255 * 128 < 2 ** 15."""
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """What quantization does at one layer.
+
+    Attributes:
+        name: The layer's name in the strategy file.
+        sqnr_db: Signal to quantization noise of its output, in dB, with all layers before it quantized too.
+        cosine: Cosine of its output and the float one.
+        clipped: The share of its float inputs that lie beyond its range.
+        hazard: The share of its output channels that have two neighbouring weights of one sign whose products with
+            8-bit data can overflow the 16-bit sums of processors with AVX2 and without VNNI.
+    """
+
+    name: str
+    sqnr_db: float
+    cosine: float
+    clipped: float
+    hazard: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found; layers in execution order.
+
+    Attributes:
+        layers: Each quantized layer.
+        sqnr_db: Of the outputs of the integer form as it stands against float.
+        cosine: Likewise.
+        optimized_db: Of the outputs of the optimized form against float.
+        kernels_db: Of the optimized form against the form as it stands: what the kernels change; infinite if nothing.
+        kernels: How many nodes of each operator that multiplies the optimized form has, such as ``QLinearConv``.
+    """
+
+    layers: tuple[LayerCheck, ...]
+    sqnr_db: float
+    cosine: float
+    optimized_db: float
+    kernels_db: float
+    kernels: Mapping[str, int]
+
+
+def verify(
+    params_file: StrPath, feeds: Iterable[Feed] | None = None, *, samples: int = 8, seed: int = 0
+) -> Verification:
+    """Run an export in float and in integers over the same data and compare.
+
+    Args:
+        params_file: The ``quant_params.json`` of an export, with its ONNX model beside it.
+        feeds: Arrays by input name, a mapping for each batch; by default made up, uniform over the ranges of the
+            layers that take the inputs.
+        samples: How many samples are made up.
+        seed: Of what is made up.
+
+    Raises:
+        ParamsError: The parameter file cannot be read, or is not that of the model.
+        FormatError: The model is not ONNX, or does not run on the data.
+    """
+    params = read_params(params_file)
+    model = Path(params_file).parent / params.model
+    with tempfile.TemporaryDirectory(prefix="dopt-verify-") as folder:
+        (integer,) = convert(params_file, "onnx_qdq", folder)
+        data = [_made_up(onnx.load(str(model)), params, samples, seed)] if feeds is None else list(feeds)
+        outputs = [_output_of(onnx.load(str(model)), layer) for layer in params.layers]
+        taken = [layer.input.tensor for layer in params.layers]
+        exact = _run(model, data, [*outputs, *taken])
+        found = _run(integer, data, outputs)
+        optimized_file = Path(folder) / "optimized.onnx"
+        fast = _run(integer, data, [], optimized_file)
+        kernels = _multiplying(onnx.load(str(optimized_file)))
+        hazards = _hazards(onnx.load(str(integer)), params)
+    layers = tuple(
+        LayerCheck(layer.name, *_alike(exact[edge], found[edge]), _clipped(exact[edge_in], layer), hazard)
+        for layer, edge, edge_in, hazard in zip(params.layers, outputs, taken, hazards, strict=True)
+    )
+    ends = [np.concatenate([run[name].reshape(-1) for name in exact[""]]) for run in (exact, found, fast)]
+    sqnr_db, cosine = _alike(ends[0], ends[1])
+    return Verification(layers, sqnr_db, cosine, _alike(ends[0], ends[2])[0], _alike(ends[1], ends[2])[0], kernels)
+
+
+def _run(file: Path, data: Sequence[Feed], edges: Sequence[str], optimized: Path | None = None) -> dict[str, Any]:
+    """Return what the outputs and some edges have, over all data; the names of the outputs stand under ``""``."""
+    model = onnx.load(str(file))
+    names = [output.name for output in model.graph.output]
+    given = {value.name for value in model.graph.input}
+    more = [edge for edge in dict.fromkeys(edges) if edge not in names and edge not in given]
+    model.graph.output.extend(onnx.ValueInfoProto(name=edge) for edge in more)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_DISABLE_ALL if optimized is None else level.ORT_ENABLE_ALL
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        batches = [session.run([*names, *more], dict(feed)) for feed in data]
+    except Exception as error:  # ONNX Runtime raises many kinds
+        raise FormatError(
+            f"ONNX Runtime does not run {file.name!r} on the data: {str(error).splitlines()[0]}",
+            where=str(file),
+            expected="arrays for every input of the model, of its shapes and types",
+            fix="Give data of your own.",
+        ) from error
+    found: dict[str, Any] = {
+        name: _joined([batch[place] for batch in batches]) for place, name in enumerate([*names, *more])
+    }
+    found.update({name: _joined([feed[name] for feed in data]) for name in given.intersection(edges)})
+    return {**found, "": names}
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return all values, whatever the shapes of the batches."""
+    return np.concatenate([np.asarray(part).reshape(-1) for part in parts])
+
+
+def _made_up(model: Any, params: QuantParams, samples: int, seed: int) -> Feed:
+    generator = np.random.default_rng(seed)
+    ranges = {layer.input.tensor: layer.input for layer in params.layers}
+    feed = {}
+    for value in model.graph.input:
+        dimensions = [one.dim_value for one in value.type.tensor_type.shape.dim]
+        if value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT or not all(dimensions[1:]):
+            raise FormatError(
+                f"Data for the input {value.name!r} cannot be made up",
+                expected="float data of a shape that is fixed but for the batch",
+                fix="Give data of your own.",
+            )
+        shape = [dimensions[0] or samples, *dimensions[1:]]
+        part = ranges.get(value.name)
+        if part is None:
+            drawn = generator.standard_normal(shape)
+        else:
+            ends = [part.scale[0] * (end - part.zero_point[0]) for end in (0, (1 << part.bits) - 1)]
+            drawn = generator.uniform(ends[0], ends[1], shape)
+        feed[value.name] = drawn.astype(np.float32)
+    return feed
+
+
+def _output_of(model: Any, layer: LayerParams) -> str:
+    return next(str(node.output[0]) for node in model.graph.node if node.name == layer.node)
+
+
+def _alike(exact: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:
+    """Return the signal to noise ratio, in dB, and the cosine."""
+    x, y = exact.astype(np.float64).reshape(-1), found.astype(np.float64).reshape(-1)
+    signal, noise = float(x @ x), float((y - x) @ (y - x))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.inf if not noise else 10 * np.log10(np.float64(signal) / noise)
+        cosine = 1.0 if not noise else x @ y / np.sqrt(signal * float(y @ y))
+    return float(ratio), float(np.nan_to_num(cosine))
+
+
+def _clipped(x: NDArray[Any], layer: LayerParams) -> float:
+    scale, zero_point = layer.input.scale[0], layer.input.zero_point[0]
+    steps = np.rint(x / np.float32(scale)) + zero_point
+    return float(np.mean((steps < 0) | (steps > (1 << layer.input.bits) - 1))) if x.size else 0.0
+
+
+def _hazards(model: Any, params: QuantParams) -> list[float]:
+    """Return for each layer the share of channels in which a pair of neighbouring weights can overflow."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = []
+    for layer in params.layers:
+        integers = numpy_helper.to_array(stored[f"{layer.weight.tensor}/dopt/integers"]).astype(np.int64)
+        rows = np.moveaxis(integers, layer.weight.axis or 0, 0).reshape(integers.shape[layer.weight.axis or 0], -1)
+        rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+        sums = np.abs(rows[:, 0::2] + rows[:, 1::2])  # of unlike signs, the sum is the smaller for it
+        found.append(float((sums > PAIR_LIMIT).any(axis=1).mean()) if layer.input.bits == 8 else 0.0)
+    return found
+
+
+def _multiplying(model: Any) -> dict[str, int]:
+    kinds = Counter(node.op_type for node in model.graph.node)
+    return {kind: count for kind, count in sorted(kinds.items()) if kind.endswith(MULTIPLYING)}

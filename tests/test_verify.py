@@ -1,0 +1,103 @@
+"""``verify`` and ``dopt verify``: what quantization does, layer by layer, and the hazard of 16-bit sums."""
+
+import json
+import math
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+from quantized_chain import convolve, edit, network
+
+from dopt_api.cli.group import dopt
+from dopt_api.errors import FormatError
+from dopt_api.params import read_params
+from dopt_api.quantizer import fake_quantize
+from dopt_api.verify import verify
+
+
+def call(*arguments):
+    return CliRunner().invoke(dopt, ["verify", *map(str, arguments)])
+
+
+def test_the_figures_are_those_of_the_reference(tmp_path):
+    ((weight, biases, scale, zero_point, grid),) = network(tmp_path, ["Quant_INT8-8"])
+    x = np.random.default_rng(1).standard_normal((4, 3, 6, 6)).astype(np.float32)
+    found = verify(tmp_path / "quant_params.json", [{"x0": x[:2]}, {"x0": x[2:]}])
+    exact, given = convolve(x, weight, biases), convolve(fake_quantize(x, scale, zero_point, grid), weight, biases)
+    sqnr = 10 * math.log10(np.square(exact).sum() / np.square(given - exact).sum())
+    (layer,) = found.layers
+    assert layer.name == "layer0"
+    assert math.isclose(layer.sqnr_db, sqnr, rel_tol=1e-3)
+    assert math.isclose(found.sqnr_db, sqnr, rel_tol=1e-3)
+    cosine = (exact * given).sum() / math.sqrt(np.square(exact).sum() * np.square(given).sum())
+    assert math.isclose(layer.cosine, cosine, rel_tol=1e-5)
+    assert math.isclose(found.cosine, cosine, rel_tol=1e-5)
+    low, high = ((end - zero_point) * scale for end in (-0.5, 255.5))
+    assert math.isclose(layer.clipped, float(np.mean((x < low) | (x > high))), abs_tol=1e-3)
+    assert found.optimized_db > 10
+    assert sum(found.kernels.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "share"),
+    [
+        ("Quant_INT8-8", [100, 28, 0, 0, 0], 0.0),
+        ("Quant_INT8-8", [100, 29, 0, 0, 0], 1.0),
+        ("Quant_INT8-8", [-100, -29, 0, 0, 0], 1.0),
+        ("Quant_INT8-8", [127, -127, 127, 0, 127], 0.0),
+        ("Quant_INT8-7", [63, 63, 63, 63, 63], 0.0),
+        ("Quant_INT16-8", [127, 127, 127, 127, 127], 0.0),
+    ],
+)
+def test_the_hazard_is_told_from_the_weights(tmp_path, strategy, weights, share):
+    network(tmp_path, [strategy])
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    steps = np.float32(read_params(tmp_path / "quant_params.json").layers[0].weight.scale)
+    integers = np.zeros((4, 27), np.float32)
+    integers[:, :5] = weights
+    (tensor,) = (one for one in model.graph.initializer if one.name == "w0")
+    tensor.CopyFrom(numpy_helper.from_array((integers * steps[:, None]).reshape(4, 3, 3, 3), "w0"))
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    x = np.zeros((1, 3, 6, 6), np.float32)
+    assert verify(tmp_path / "quant_params.json", [{"x0": x}]).layers[0].hazard == share
+
+
+def test_data_are_made_up_where_that_can_be_done(tmp_path):
+    network(tmp_path)
+    file = tmp_path / "quant_params.json"
+    with pytest.raises(FormatError, match="Data for the input 'x0' cannot be made up"):
+        verify(file)  # height and width are open
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    for place in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[place].dim_value = 6
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    assert verify(file, seed=1) == verify(file, seed=1) != verify(file, seed=2)
+
+
+def test_data_that_do_not_fit_are_refused(tmp_path):
+    network(tmp_path)
+    with pytest.raises(FormatError, match=r"does not run 'model\.onnx' on the data"):
+        verify(tmp_path / "quant_params.json", [{"x0": np.zeros((1, 5, 6, 6), np.float32)}])
+
+
+def test_the_command_shows_the_worst_first_and_fails_below_a_bound(tmp_path):
+    network(tmp_path)
+    np.savez(tmp_path / "x.npz", x0=np.random.default_rng(1).standard_normal((2, 3, 6, 6)).astype(np.float32))
+    result = call(tmp_path, "--data", tmp_path / "x.npz")
+    assert result.exit_code == 0, result.output
+    assert result.output.index("layer") < result.output.index("outputs against float")
+    assert "hazard: on processors" in result.output
+    content = json.loads(call(tmp_path, "--data", tmp_path / "x.npz", "--json").output)
+    assert [layer["name"] for layer in content["layers"]] == ["layer0", "layer1"]
+    assert call(tmp_path, "--data", tmp_path / "x.npz", "--min-sqnr", content["optimized_db"] - 1).exit_code == 0
+    result = call(tmp_path, "--data", tmp_path / "x.npz", "--min-sqnr", content["sqnr_db"] + 50)
+    assert result.exit_code == 1
+    assert "less than --min-sqnr" in result.output
+    (tmp_path / "x.npz").write_bytes(b"no zip")
+    result = call(tmp_path, "--data", tmp_path / "x.npz")
+    assert result.exit_code == 1
+    assert "cannot be read as .npz" in result.output
+    edit(tmp_path, lambda layer: layer.update(node="conv9"))
+    assert "there is no node 'conv9'" in call(tmp_path).output
