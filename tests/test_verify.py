@@ -8,10 +8,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
-from quantized_chain import convolve, edit, network
+from quantized_chain import convolve, edit, network, run
 
 from dopt_api.cli.group import dopt
 from dopt_api.errors import FormatError
+from dopt_api.formats import convert
 from dopt_api.params import read_params
 from dopt_api.quantizer import fake_quantize
 from dopt_api.verify import verify
@@ -23,20 +24,26 @@ def call(*arguments):
 
 def test_the_figures_are_those_of_the_reference(tmp_path):
     ((weight, biases, scale, zero_point, grid),) = network(tmp_path, ["Quant_INT8-8"])
-    x = np.random.default_rng(1).standard_normal((4, 3, 6, 6)).astype(np.float32)
+    x = 8 * np.random.default_rng(1).standard_normal((4, 3, 6, 6)).astype(np.float32)
     found = verify(tmp_path / "quant_params.json", [{"x0": x[:2]}, {"x0": x[2:]}])
     exact, given = convolve(x, weight, biases), convolve(fake_quantize(x, scale, zero_point, grid), weight, biases)
     sqnr = 10 * math.log10(np.square(exact).sum() / np.square(given - exact).sum())
     (layer,) = found.layers
     assert layer.name == "layer0"
     assert math.isclose(layer.sqnr_db, sqnr, rel_tol=1e-3)
-    assert math.isclose(found.sqnr_db, sqnr, rel_tol=1e-3)
+    assert found.sqnr_db == layer.sqnr_db  # the layer's output is the network's
     cosine = (exact * given).sum() / math.sqrt(np.square(exact).sum() * np.square(given).sum())
     assert math.isclose(layer.cosine, cosine, rel_tol=1e-5)
     assert math.isclose(found.cosine, cosine, rel_tol=1e-5)
     low, high = ((end - zero_point) * scale for end in (-0.5, 255.5))
     assert math.isclose(layer.clipped, float(np.mean((x < low) | (x > high))), abs_tol=1e-3)
-    assert found.optimized_db > 10
+    assert 0.05 < np.mean(x < low) < 0.95 > np.mean(x > high) > 0.05
+    (file,) = convert(tmp_path / "quant_params.json", "onnx_qdq", tmp_path)
+    plain, fast = run(file, x), run(file, x, optimized=True)
+    for figure, one, other in ((found.optimized_db, exact, fast), (found.kernels_db, plain, fast)):
+        noise = np.square(one.astype(np.float64) - other).sum()
+        wanted = 10 * math.log10(np.square(one.astype(np.float64)).sum() / noise) if noise else math.inf
+        assert math.isclose(figure, wanted, rel_tol=1e-3)
     assert sum(found.kernels.values()) == 1
 
 

@@ -4,27 +4,17 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from quantized_chain import convolve, edit, network
+from quantized_chain import convolve, edit, network, run
 
 from dopt_api.errors import DoptError, ExtensionError, FormatError, OutputError, ParamsError
 from dopt_api.formats import convert, format_names, get_format
 from dopt_api.formats.writers import FORMATS
 from dopt_api.params import QuantParams, render_params
 from dopt_api.quantizer import fake_quantize
-
-
-def run(file, x, optimized=False):
-    options = onnxruntime.SessionOptions()
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
 @given(

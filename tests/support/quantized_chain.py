@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from dopt_api.params import BiasParams, LayerParams, QuantParams, TensorParams, render_params
@@ -70,3 +71,12 @@ def edit(folder, change):
     content = json.loads(file.read_text())
     change(content["layers"][0])
     file.write_text(json.dumps(content))
+
+
+def run(file, x, optimized=False):
+    options = onnxruntime.SessionOptions()
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
