@@ -98,6 +98,10 @@ def test_the_command_shows_the_worst_first_and_fails_below_a_bound(tmp_path):
     assert "hazard: on processors" in result.output
     content = json.loads(call(tmp_path, "--data", tmp_path / "x.npz", "--json").output)
     assert [layer["name"] for layer in content["layers"]] == ["layer0", "layer1"]
+    np.savez(tmp_path / "zeros.npz", x0=np.zeros((1, 3, 6, 6), np.float32))
+    nothing = call(tmp_path, "--data", tmp_path / "zeros.npz", "--json").output
+    assert "Infinity" not in nothing
+    assert json.loads(nothing)["kernels_db"] is None
     assert call(tmp_path, "--data", tmp_path / "x.npz", "--min-sqnr", content["optimized_db"] - 1).exit_code == 0
     result = call(tmp_path, "--data", tmp_path / "x.npz", "--min-sqnr", content["sqnr_db"] + 50)
     assert result.exit_code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ __all__ = ["command"]
     help="An .npz file with an array for each input of the model.  [default: made up]",
 )
 @click.option("--min-sqnr", type=float, metavar="DB", help="Exit with status 1 below so many dB at the outputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what was found as JSON; null for dB where nothing differs."
+)
 def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bool) -> None:
     """Run an export in float and in integers and compare, layer by layer, most damaged first.
 
@@ -35,7 +38,7 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
     file = params / "quant_params.json" if params.is_dir() else params
     found = verify(file, None if data is None else [_arrays(data)])
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        click.echo(json.dumps(_finite(asdict(found)), indent=2, allow_nan=False))
     else:
         click.echo(f"{'layer':40} {'SQNR dB':>8} {'cosine':>8} {'clipped':>8} {'hazard':>8}")
         for layer in sorted(found.layers, key=lambda one: one.sqnr_db):
@@ -52,6 +55,15 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
     if min_sqnr is not None and not min(found.sqnr_db, found.optimized_db) >= min_sqnr:
         worst = min(found.sqnr_db, found.optimized_db)
         raise click.ClickException(f"The outputs have {worst:.2f} dB, less than --min-sqnr {min_sqnr:g}.")
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with ``None`` for infinite numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _arrays(file: Path) -> dict[str, Any]:
