@@ -16,7 +16,11 @@ __all__ = ["FORMATS", "Writer", "convert", "format_names", "get_format"]
 Writer = Callable[[Path, QuantParams, Path], None]
 """Writes files into a folder, from the model's file and its parameters."""
 
-FORMATS = {"onnx_qdq": "dopt_api.formats.onnx_qdq", "csv": "dopt_api.formats.table"}
+FORMATS = {
+    "onnx_qdq": "dopt_api.formats.onnx_qdq",
+    "amct_record": "dopt_api.formats.amct_record",
+    "csv": "dopt_api.formats.table",
+}
 """The modules of the toolkit's own formats; each has its writer under the name ``write``."""
 
 
