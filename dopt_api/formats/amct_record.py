@@ -33,7 +33,7 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
 def _records(layer: LayerParams) -> Iterator[str]:
     if layer.input.bits != 8 or layer.weight.bits > 8:
         raise FormatError(
-            f"The format 'amct_record' has no activations of {layer.input.bits} and weights of {layer.weight.bits} bits",
+            f"The format 'amct_record' has no activations of {layer.input.bits}, weights of {layer.weight.bits} bits",
             where=f"layer {layer.name!r}",
             expected="activations of 8 bits and weights of 8 or fewer",
             fix="Use the strategy 'Quant_INT8-8', 'Quant_INT8-7' or 'Quant_INT8-4'.",
