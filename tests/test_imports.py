@@ -48,10 +48,17 @@ def test_listing_backends_imports_no_framework(code):
 
 @pytest.mark.parametrize("module", ["dopt_api", "dopt_api.facade"])
 def test_import_takes_at_most_60_ms_over_numpy(module, tmp_path):
-    """Best of several, of compiled modules: neither a busy machine nor one without bytecode may fail the test."""
-    code = f"import time, numpy\nstart = time.perf_counter(); import {module}\nprint(time.perf_counter() - start)"
+    """Best of several, of compiled modules, and on a slow machine what NumPy takes: neither a busy machine nor one
+    without bytecode may fail the test.
+    """
+    code = (
+        "import time; begun = time.perf_counter(); import numpy\n"
+        f"between = time.perf_counter(); import {module}\n"
+        "print(between - begun, time.perf_counter() - between)"
+    )
     compiled = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    assert min(float(run(code, **compiled)) for _ in range(8)) <= 0.060
+    of_numpy, of_ours = zip(*(map(float, run(code, **compiled).split()) for _ in range(8)), strict=True)
     assert list(Path(tmp_path).rglob("dopt_api/__init__*.pyc")), (
         "nothing was compiled: the figure would be the compiler's"
     )
+    assert min(of_ours) <= max(0.060, min(of_numpy))
