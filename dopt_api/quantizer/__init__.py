@@ -1,7 +1,8 @@
 """The numbers: what a quantizer computes, in NumPy. Normative for every backend.
 
 ``grid`` says which integers there are, ``affine`` maps reals to them, ``statistics`` and ``ranges`` choose the scale
-from data, ``training`` gives the gradients, ``folding`` the batch normalization.
+from data, ``smoothing`` evens out channels before that, ``training`` gives the gradients, ``folding`` the batch
+normalization.
 """
 
 from dopt_api.quantizer.affine import (
@@ -15,6 +16,7 @@ from dopt_api.quantizer.affine import (
 from dopt_api.quantizer.folding import BatchNorm, fold_batch_norm
 from dopt_api.quantizer.grid import Grid
 from dopt_api.quantizer.ranges import DEFAULT_RANGE, RANGE_METHODS, activation_parameters
+from dopt_api.quantizer.smoothing import smoothing_factors
 from dopt_api.quantizer.statistics import Statistics, lattice
 from dopt_api.quantizer.training import (
     fake_quantize_gradients,
@@ -42,4 +44,5 @@ __all__ = [
     "quantize",
     "relative_squared_error",
     "scale_zero_point",
+    "smoothing_factors",
 ]

@@ -6,7 +6,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dopt_torch.find_layers import Structure, evaluating, example_inputs, tensor
 from dopt_torch.layer_kinds import kind_of
 from dopt_torch.onnx_graph import MARK, GraphEditor, mark_value
 from dopt_torch.optimize import optimize
-from dopt_torch.quantized_layer import norm_of, original_class, shadowed
+from dopt_torch.quantized_layer import norm_of, original_class, shadowed, with_input
 
 __all__ = ["OPSET", "export"]
 
@@ -133,6 +133,7 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
             missing.append(name)
             continue
         source = _float_layer(module, norm_of(module))
+        source = replace(source, weight=_array(quantizer.smooth_weight(module.weight)))
         quantized = quantize_layer(
             source,
             layer_plan,
@@ -199,6 +200,7 @@ def _substitute(model: nn.Module, layers: list[_Layer], plan: Plan, inputs: tupl
     for index, layer in enumerate(layers):
         weight, bias = fold(layer.source)
         layer.module.__dict__["dopt_index"] = index
+        layer.module.register_parameter("dopt_smoothing", _smoothing(layer.module))
         layer.module.register_parameter("dopt_weight", _fixed(weight))
         layer.module.register_parameter("dopt_bias", None if bias is None else _fixed(bias))
         layer.module.__class__ = _substitute_class(type(layer.module))
@@ -225,6 +227,15 @@ def _spell_out_padding(model: nn.Module) -> None:
             layer.padding = before  # type: ignore[assignment]  # a convolution's, which mypy does not know
         elif layer.padding_mode == "zeros":
             layer.padding_mode = "constant"  # type: ignore[assignment]  # likewise: then its forward pads first
+
+
+def _smoothing(layer: nn.Module) -> nn.Parameter | None:
+    """Return the layer's smoothing factors so that they multiply a batch of inputs, or ``None``."""
+    kind, quantizer = kind_of(layer), getattr(layer, "dopt_quantizer", None)
+    if kind is None or quantizer is None or not quantizer.smoothing.dim():
+        return None
+    shape = (-1, *(1,) * (kind.input_dims - 2)) if kind.input_dims else (-1,)
+    return nn.Parameter(quantizer.smoothing.view(shape), requires_grad=False)
 
 
 def _fixed(values: NDArray[np.float32]) -> nn.Parameter:
@@ -301,6 +312,9 @@ class _Mark(torch.autograd.Function):
 def _substitute_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weight, bias = self._parameters["dopt_weight"], self._parameters["dopt_bias"]
+        smoothing = self._parameters["dopt_smoothing"]
+        if smoothing is not None:
+            args, kwargs = with_input(original, args, kwargs, lambda x: x * smoothing)
         tensors = {"weight": _Mark.apply(weight, self.__dict__["dopt_index"])}
         if bias is not None:
             tensors["bias"] = bias

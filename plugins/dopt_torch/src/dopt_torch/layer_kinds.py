@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = ["KINDS", "LayerKind", "kind_of", "layer_name", "on_weight", "samples_first"]
+__all__ = ["KINDS", "LayerKind", "kind_of", "layer_name", "on_weight", "per_channel", "samples_first"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class LayerKind:
     weight_axis: int
     input_axis: int
     input_dims: int
+
+    @property
+    def weight_input_axis(self) -> int:
+        """The axis of the weight with the input channels (of one group)."""
+        return 1 - self.weight_axis
 
     @property
     def op_type(self) -> str:
@@ -60,6 +65,13 @@ def samples_first(x: Tensor, kind: LayerKind) -> Tensor:
     """Return a layer's input as a batch: an unbatched input gets an axis of one sample."""
     unbatched = x.dim() == kind.input_dims - 1 if kind.input_dims else x.dim() == 1
     return x.unsqueeze(0) if unbatched else x
+
+
+def per_channel(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Shape ``values`` ``[C]`` so that they multiply ``x`` along an axis of ``C``."""
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return values.view(shape)
 
 
 def on_weight(values: Tensor, weight: Tensor, axis: int) -> Tensor:

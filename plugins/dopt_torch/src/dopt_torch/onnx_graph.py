@@ -56,6 +56,7 @@ class GraphEditor:
             for name in node.input:
                 self.users[name].append(i)
         self.settled: set[str] = set()
+        self.smoothed: dict[tuple[int | str, bytes], NodeProto] = {}
         self.node_names = {node.name for node in self.nodes}
         # names that mean something outside of the nodes' own list, and so stay
         self.fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
@@ -95,6 +96,7 @@ class GraphEditor:
             both_ways = transposed != found[0][1]  # called as Gemm and as MatMul: two layouts of one weight
             names.append(self._put(f"{prefix}weight{'.transposed' * both_ways}", weight.T if transposed else weight))
             node.input[1] = names[-1]
+            self._share_smoothing(node, f"{prefix}smoothing")
             if bias is not None:
                 bias_tensor = self._put(f"{prefix}bias", bias)
                 self._set_bias(node, bias_tensor, path)
@@ -182,6 +184,22 @@ class GraphEditor:
             fix="Let its forward pass self.bias on.",
         )
 
+    def _share_smoothing(self, node: NodeProto, name: str) -> None:
+        """Let layers whose common input is multiplied by the same factors share that multiplication."""
+        edge = node.input[0]
+        mul = self.nodes[self.makers[edge]] if edge in self.makers else None
+        if mul is None or mul.op_type != "Mul" or not self._is_constant(mul.input[1]):
+            return
+        source, factors = mul.input[0], self._constant(mul.input[1])
+        first = self.smoothed.setdefault((self.makers.get(source, source), factors.tobytes()), mul)
+        if first is mul:
+            mul.input[1] = self._put(name, factors)
+            return
+        node.input[0] = first.output[0]
+        reader = next(i for i, one in enumerate(self.nodes) if one is node)
+        self.users[edge].remove(reader)
+        self.users[first.output[0]].append(reader)
+
     def _name_node(self, node: NodeProto, path: str) -> str:
         self.node_names.discard(node.name)
         node.name = _unused(_scoped(path, node.op_type), self.node_names)
@@ -218,9 +236,16 @@ class GraphEditor:
 
     def _is_constant(self, name: str) -> bool:
         """Say whether an edge is an initializer, or one passed on."""
+        return self._origin(name) in self.constants
+
+    def _constant(self, name: str) -> Float32:
+        """Return the values of such an edge."""
+        return numpy_helper.to_array(self.constants[self._origin(name)])
+
+    def _origin(self, name: str) -> str:
         while name in self.makers and self.nodes[self.makers[name]].op_type == "Identity":
             name = self.nodes[self.makers[name]].input[0]
-        return name in self.constants
+        return name
 
 
 def _scoped(path: str, name: str) -> str:

@@ -1,10 +1,11 @@
-"""Post-training quantization in one call: calibrate, then round."""
+"""Post-training quantization in one call: smooth where asked, calibrate, then round."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dopt_api.files import StrPath
 from dopt_torch.optimize import set_calibrate_state
 from dopt_torch.rounding import RoundedLayer, round_weights
 from dopt_torch.running import run
+from dopt_torch.smoothing import smooth
 
 __all__ = ["post_training"]
 
@@ -24,6 +26,7 @@ def post_training(
     batches: Iterable[Any],
     *,
     samples: int = 32,
+    smoothing: float | None = None,
     seconds: float | None = None,
     resume: StrPath | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -31,7 +34,8 @@ def post_training(
     """Calibrate a quantized model and round its weights for its outputs; the model is changed in place.
 
     All batches are looked at once, for the ranges of the activations; the first ``samples`` of them serve
-    :func:`dopt_torch.rounding.round_weights`, and are all that is held in memory.
+    :func:`dopt_torch.rounding.round_weights` (and :func:`dopt_torch.smoothing.smooth`), and are all that is held in
+    memory.
 
     Args:
         model: What ``optimize_model`` returned. It is calibrated anew.
@@ -39,6 +43,8 @@ def post_training(
             Any iterable, such as a generator; passed over once.
         samples: How many samples the rounding looks at; whole batches are taken until they are reached. More are
             slower and, up to some hundreds, better.
+        smoothing: For transformers: the strength with which outliers of activations go over to the weights before
+            calibration, such as 0.75. By default there is no smoothing.
         seconds: The time that all of it may take; the calibration is always done, and layers for which no time is left
             are rounded to nearest.
         resume: A file that keeps what is done; see :func:`~dopt_torch.rounding.round_weights`.
@@ -61,17 +67,22 @@ def post_training(
             torch.save(quant_model.state_dict(), "quant.pth")
     """
     begun = time.monotonic()
+    coming = iter(progress(batches))
     held: list[Any] = []
     found = 0
+    for batch in coming:
+        held.append(batch)
+        found += _size(batch)
+        if found >= samples:
+            break
+    if smoothing is not None:
+        smooth(model, held, strength=smoothing)
     _leave_calibration(model)  # one that was on is begun anew
     set_calibrate_state(model, True)
     try:
         with torch.no_grad():
-            for batch in progress(batches):
+            for batch in chain(held, coming):
                 run(model, batch)
-                if found < samples:
-                    held.append(batch)
-                    found += _size(batch)
     except BaseException:
         _leave_calibration(model)
         raise

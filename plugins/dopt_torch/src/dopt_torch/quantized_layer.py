@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "quantize_in_place",
     "quantized_layers",
     "shadowed",
+    "with_input",
 ]
 
 
@@ -48,19 +49,14 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer's own ``forward``: observed, quantized, or as it is."""
         quantizer = self.dopt_quantizer
-        name = _input_name(original_class(self))  # type: ignore[arg-type]  # mypy doubts that types are hashable
-        x: Tensor = args[0] if args else kwargs[name]
+        x: Tensor = args[0] if args else kwargs[_input_name(original_class(self))]  # type: ignore[arg-type]  # mypy doubts that types are hashable
         if quantizer.calibrating:
             self._refuse_replica()
             quantizer.observe(x)
             return super().forward(*args, **kwargs)
         if not quantizer.prepare(x):
             return super().forward(*args, **kwargs)
-        quantized = quantizer.quantize_input(x)
-        if args:
-            args = (quantized, *args[1:])
-        else:
-            kwargs[name] = quantized
+        args, kwargs = with_input(original_class(self), args, kwargs, quantizer.quantize_input)
         with self.__dict__["dopt_lock"]:  # threads that run one model take turns in a layer
             weight: Any = self.weight
             with shadowed(self, weight=quantizer.quantize_weight(weight, norm_factor(self))):
@@ -115,6 +111,16 @@ def norm_factor(layer: nn.Module) -> Tensor | None:
         root = torch.sqrt(norm.running_var.double() + norm.eps)
         gamma = torch.ones_like(root) if norm.weight is None else norm.weight.double()
         return (gamma / root).float()
+
+
+def with_input(
+    original: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of a layer's ``forward`` with its input changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = _input_name(original)  # type: ignore[arg-type]  # mypy doubts that types are hashable
+    return args, {**kwargs, name: change(kwargs[name])}
 
 
 @contextmanager

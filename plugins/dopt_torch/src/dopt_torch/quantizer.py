@@ -19,7 +19,7 @@ from dopt_torch.fake_quantize import (
     learned_scale,
     weight_scale,
 )
-from dopt_torch.layer_kinds import LayerKind, on_weight, samples_first
+from dopt_torch.layer_kinds import LayerKind, on_weight, per_channel, samples_first
 from dopt_torch.statistics import DeviceStatistics, merge_over_ranks
 
 __all__ = ["LayerQuantizer"]
@@ -42,6 +42,8 @@ class LayerQuantizer(nn.Module):
         ready: uint8 ``[]``, 1 when ``input_scale`` and ``input_zero_point`` are decided.
         input_gain: Float32 ``[]``, learned; see :func:`dopt_api.quantizer.learned_scale`.
         weight_gain: Float32 ``[C]``, likewise, on the scales that the weight's extremes give.
+        smoothing: Float32 ``[C]``: what the channels of the input are multiplied by, and those of the weight divided,
+            before they are quantized; powers of two. ``[]`` where there is no smoothing.
         statistics: What calibration has seen.
         calibrating: Whether forward passes collect statistics.
     """
@@ -49,16 +51,19 @@ class LayerQuantizer(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     ready: Tensor
+    smoothing: Tensor
 
     def __init__(self, plan: LayerPlan, kind: LayerKind, weight: Tensor) -> None:
         super().__init__()
         self.plan, self.kind = plan, kind
         device, channels = weight.device, weight.shape[kind.weight_axis]
+        self._smoothable = ((), (weight.shape[kind.weight_input_axis],))
         self.input_gain = nn.Parameter(torch.zeros((), device=device))
         self.weight_gain = nn.Parameter(torch.zeros(channels, device=device))
         self.register_buffer("input_scale", torch.ones((), device=device))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         self.register_buffer("ready", torch.zeros((), dtype=torch.uint8, device=device))
+        self.register_buffer("smoothing", torch.ones((), device=device))
         self.statistics = DeviceStatistics.empty(device)
         self.calibrating = False
         self.probed: Tensor | None = None
@@ -86,11 +91,15 @@ class LayerQuantizer(nn.Module):
 
     def start_calibration(self) -> None:
         """Forget earlier statistics and collect from now on."""
+        self.forget()
+        self.calibrating = True
+
+    def forget(self) -> None:
+        """Forget what was calibrated."""
         self.statistics = DeviceStatistics.empty(self.input_scale.device)
         self.ready.zero_()
         self.probed = None
         self._warned = False
-        self.calibrating = True
 
     def conclude(self) -> None:
         """Let the core turn the statistics into scale and zero point.
@@ -113,7 +122,7 @@ class LayerQuantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Take a batch of inputs into the statistics."""
         with torch.no_grad():
-            self.statistics.update(samples_first(x.detach(), self.kind), self.kind.input_axis)
+            self.statistics.update(samples_first(self.smooth_input(x.detach()), self.kind), self.kind.input_axis)
 
     def prepare(self, x: Tensor) -> bool:
         """Make sure that the scale is decided, from this very batch in training; say whether it is."""
@@ -138,10 +147,10 @@ class LayerQuantizer(nn.Module):
     # ---- quantizing
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized input, of the dtype of ``x``."""
+        """Return the fake-quantized input, smoothed, of the dtype of ``x``."""
         low, high = self._bounds()
         scale = self.learned_input_scale()
-        data = x.float()
+        data = self.smooth_input(x.float())
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
             self.probed = None
             return fake_quantize(data, scale, low, high).to(x.dtype)
@@ -152,7 +161,7 @@ class LayerQuantizer(nn.Module):
         return result.view(x.shape).to(x.dtype)  # type: ignore[no-any-return]  # autograd functions are untyped
 
     def quantize_weight(self, weight: Tensor, factor: Tensor | None) -> Tensor:
-        """Return the fake-quantized weight, of its own dtype.
+        """Return the fake-quantized weight, smoothed, of its own dtype.
 
         Args:
             weight: The layer's weight.
@@ -160,7 +169,7 @@ class LayerQuantizer(nn.Module):
                 what is quantized; the result is divided by the factor, since the normalization runs after the layer.
         """
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
-        data = weight.float()
+        data = self.smooth_weight(weight.float())
         folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
         scale = self.learned_weight_scale(data if folding is None else data * folding)
         if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
@@ -173,7 +182,8 @@ class LayerQuantizer(nn.Module):
         """Return the relative squared error of the folded weight, differentiable."""
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
         folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
-        folded = weight.float() if folding is None else weight.float() * folding
+        data = self.smooth_weight(weight.float())
+        folded = data if folding is None else data * folding
         step = on_weight(self.learned_weight_scale(folded), folded, axis)
         return _relative_error(folded, step, grid.qmin, grid.qmax)
 
@@ -182,6 +192,28 @@ class LayerQuantizer(nn.Module):
         if self.probed is None:
             return None
         return _relative_error(self.probed, self.learned_input_scale(), *self._bounds())
+
+    def smooth_input(self, x: Tensor) -> Tensor:
+        """Return the input with its channels multiplied by the smoothing factors."""
+        if not self.smoothing.dim():
+            return x
+        batch = samples_first(x, self.kind)
+        return (batch * per_channel(self.smoothing, batch, self.kind.input_axis)).view(x.shape)
+
+    def smooth(self, factors: Tensor) -> None:
+        """Take over smoothing factors ``[C]``, and forget what was calibrated and learned without them."""
+        some = bool((factors != 1.0).any())
+        self.smoothing = factors.to(self.input_scale) if some else self.input_scale.new_ones(())
+        self.forget()
+        with torch.no_grad():
+            self.input_gain.zero_()
+            self.weight_gain.zero_()
+
+    def smooth_weight(self, weight: Tensor) -> Tensor:
+        """Return the weight with its input channels divided by the smoothing factors."""
+        if not self.smoothing.dim():
+            return weight
+        return weight / per_channel(self.smoothing, weight, self.kind.weight_input_axis)
 
     def _bounds(self) -> tuple[int, int]:
         """Return the ends of the input's grid, less its zero point."""
@@ -238,6 +270,13 @@ class LayerQuantizer(nn.Module):
             return
         inner = f"{prefix}statistics."
         parts = {key[len(inner) :]: value for key, value in own.items() if key.startswith(inner)}
+        smoothing = own.get(f"{prefix}smoothing", self.smoothing)
+        if tuple(smoothing.shape) in self._smoothable:
+            self.smoothing = self.smoothing.new_ones(smoothing.shape)
+        else:  # torch 1.11 takes the first of several for one
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix}smoothing has the shape {list(smoothing.shape)}, not one of {self._smoothable}")
+            return
         super()._load_from_state_dict(
             {key: value for key, value in own.items() if not key.startswith(inner)}, prefix, *args
         )

@@ -109,7 +109,7 @@ def fit_weight_scales(model: nn.Module) -> None:
         quantizer = layer.dopt_quantizer
         weight: Any = layer._parameters["weight"]
         grid, axis, factor = quantizer.plan.strategy.weight, quantizer.kind.weight_axis, norm_factor(layer)
-        folded = weight.float()
+        folded = quantizer.smooth_weight(weight.float())
         if factor is not None:
             folded = folded * on_weight(torch.where(factor == 0, torch.ones_like(factor), factor), weight, axis)
         extremes = weight_scale(folded, grid, axis).double().cpu()

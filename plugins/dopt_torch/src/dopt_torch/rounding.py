@@ -22,7 +22,14 @@ from dopt_torch.checkpoint import KeptWork
 from dopt_torch.fake_quantize import gain_of
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
-from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, norm_of, original_class, quantized_layers
+from dopt_torch.quantized_layer import (
+    QuantizedLayer,
+    norm_factor,
+    norm_of,
+    original_class,
+    quantized_layers,
+    shadowed,
+)
 from dopt_torch.running import evaluation, run, taking_over
 
 __all__ = ["RoundedLayer", "round_weights"]
@@ -301,7 +308,9 @@ class _Rounding:
     def sample_quantized(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the layer's quantized input, and end the pass once the batch needs the layer no more."""
         x = args[0] if args else next(iter(kwargs.values()))
-        result, patches = self._sample((self.quantizer.quantize_input(x), *args[1:]), {})
+        weight: Any = self.layer.weight
+        with shadowed(self.layer, weight=self.quantizer.smooth_weight(weight)):
+            result, patches = self._sample((self.quantizer.quantize_input(x), *args[1:]), {})
         if patches is not None:
             self.moments.add(patches, self.outputs.pop(0))
         self.left -= 1
@@ -335,7 +344,7 @@ class _Rounding:
         on = on_weight(folding.to(weight.device), weight, 0)
         groups = self.moments.first.shape[0]
         shape = (groups, len(weight) // groups, -1)
-        folded = weight.float() * on
+        folded = self.quantizer.smooth_weight(weight.float()) * on
         w, s, f = (
             part.double().cpu().numpy().reshape(shape)
             for part in (folded, self.quantizer.learned_weight_scale(folded), on)
@@ -351,7 +360,7 @@ class _Rounding:
         found = integers * np.where(worse, s[..., 0], scale)[..., None]
         rounded = torch.from_numpy(found).reshape(weight.shape).to(weight.device) / on.double()
         self._correct(rounded)
-        weight.copy_(rounded)
+        weight.copy_(rounded / self.quantizer.smooth_weight(torch.ones_like(weight)))
         self._hold(torch.from_numpy(np.abs(integers).max(axis=2).reshape(-1)))
         variance = float(output_error(wanted, moments).sum()) or 1.0
         before, after = float(errors[0].sum()) / variance, float(np.minimum(*errors).sum()) / variance

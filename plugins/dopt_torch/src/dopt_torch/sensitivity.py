@@ -114,7 +114,9 @@ class _Tap:
         for number, (strategy, (scale, zero_point)) in enumerate(zip(self.candidates, self.inputs, strict=True)):
             grid = strategy.activation
             step = torch.tensor(scale, device=x.device)
-            given = fake_quantize(x.float(), step, grid.qmin - zero_point, grid.qmax - zero_point).to(x.dtype)
+            given = fake_quantize(
+                self.quantizer.smooth_input(x.float()), step, grid.qmin - zero_point, grid.qmax - zero_point
+            ).to(x.dtype)
             with shadowed(self.layer, weight=self._weight(strategy)):
                 found = self.forward(self.layer, given, *others)
             effects = gradient.double() * (found - exact).double()
@@ -124,7 +126,7 @@ class _Tap:
     def _weight(self, strategy: Strategy) -> Tensor:
         weight: Any = self.layer.weight
         axis, factor = self.quantizer.kind.weight_axis, norm_factor(self.layer)
-        data = weight.float()
+        data = self.quantizer.smooth_weight(weight.float())
         folding = None
         if factor is not None:
             folding = on_weight(torch.where(factor == 0, torch.ones_like(factor), factor), weight, axis)

@@ -18,7 +18,7 @@ from dopt_api.quantizer import Statistics, lattice
 from dopt_api.quantizer.statistics import BINS, HALF_BINS, LIMB_BITS, LIMB_UNITS, LOWEST_EXPONENT
 from dopt_torch.blocks import BLOCK
 
-__all__ = ["DeviceStatistics", "merge_over_ranks"]
+__all__ = ["DeviceStatistics", "collective_device", "merge_over_ranks"]
 
 # How a part of two statistics becomes that of both; the histogram, ``counts``, is summed after alignment.
 _SUM, _MIN, _MAX = "sum", "min", "max"
@@ -101,15 +101,21 @@ class DeviceStatistics:
         }
 
 
+def collective_device() -> torch.device | None:
+    """Return where tensors must be for collective calls, or ``None`` where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def merge_over_ranks(statistics: Iterable[DeviceStatistics]) -> None:
     """Replace each rank's statistics by those of all ranks, with one collective call for each kind of part.
 
     Every rank must call it with the same layers. Does nothing where there is one process.
     """
-    all_statistics = list(statistics)
-    if not all_statistics or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    all_statistics, device = list(statistics), collective_device()
+    if not all_statistics or device is None:
         return
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     operations = {_SUM: dist.ReduceOp.SUM, _MIN: dist.ReduceOp.MIN, _MAX: dist.ReduceOp.MAX}
     stacked = {name: torch.stack([s.parts[name].to(device) for s in all_statistics]) for name in _MERGE}
     own_exponents = stacked["exponent"].clone()
