@@ -47,9 +47,10 @@ batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
 def test_the_code_of_the_page_on_pytorch_quantizes_and_retrains(tmp_path):
     text = (ROOT / "docs" / "pytorch.md").read_text("utf-8")
     parts = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "post_training" in code]
+    parts += [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import smooth" in code]
     parts += [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "freeze_norms" in code]
-    assert len(parts) == 2
-    after = "\nassert [one.reason for one in report] == ['', ''] and loss.isfinite()"
+    assert len(parts) == 3
+    after = "\nassert [one.reason for one in report] == ['', ''] and smoothed == ['4/Linear'] and loss.isfinite()"
     code = BEFORE + "\n".join(parts) + after
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
