@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dopt_api import config, manager
 from dopt_api.errors import ModelError
-from dopt_api.files import StrPath
+from dopt_api.files import StrPath, staged
+from dopt_api.formats import convert, get_format
 from dopt_api.types import ExportResult, ModelLayers, Plan
 
 if TYPE_CHECKING:
@@ -119,9 +120,10 @@ def export(
     *,
     output_names: Sequence[str] | None = None,
     dynamic_batch: bool = False,
+    formats: Sequence[str] = (),
     backend: str | None = None,
 ) -> ExportResult:
-    """Write the deployable float graph and ``quant_params.json``, both or neither.
+    """Write the deployable float graph and ``quant_params.json``, and other forms of them: all files or none.
 
     Args:
         model: The float model, built anew; unchanged.
@@ -130,19 +132,30 @@ def export(
         output_dir: An existing folder.
         output_names: Names of the graph's outputs.
         dynamic_batch: Leave the batch size of the graph open.
+        formats: Names of formats to write as well, such as ``"onnx_qdq"``; see :mod:`dopt_api.formats`.
         backend: The backend's name; by default the one of the model's type.
 
     Returns:
-        The paths of the two files.
+        The paths of the files.
 
     Raises:
         CheckpointError: The checkpoint is missing, unreadable, or does not fit.
         CalibrationError: A quantized layer was neither calibrated nor trained.
+        FormatError: A format does not exist, needs a package, or is not for this model or strategy.
         OutputError: The folder does not exist or cannot be written.
     """
+    for name in formats:
+        get_format(name)  # what cannot be written is said before the work
     chosen = manager.select(model, backend)
     plan = _plan(chosen, model, config_file)
-    return chosen.export(model, plan, Path(checkpoint), Path(output_dir), output_names, dynamic_batch)
+    folder = Path(output_dir)
+    if not formats:
+        return chosen.export(model, plan, Path(checkpoint), folder, output_names, dynamic_batch)
+    with staged(folder) as aside:
+        made = chosen.export(model, plan, Path(checkpoint), aside, output_names, dynamic_batch)
+        others = [file.name for name in formats for file in convert(made.params, name, aside)]
+    places = tuple(folder / name for name in others)
+    return ExportResult(folder / made.model.name, folder / made.params.name, places)
 
 
 def _plan(backend: Backend, model: Any, config_file: StrPath) -> Plan:

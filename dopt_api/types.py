@@ -145,7 +145,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The files an export wrote."""
+    """The files an export wrote.
+
+    Attributes:
+        model: The float graph.
+        params: The parameter file.
+        others: The files of other formats that were asked for.
+    """
 
     model: Path
     params: Path
+    others: tuple[Path, ...] = ()

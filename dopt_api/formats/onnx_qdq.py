@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from dopt_api.errors import FormatError, ParamsError
 from dopt_api.params import LayerParams, QuantParams, TensorParams
 
-__all__ = ["write"]
+__all__ = ["stored_integers", "write"]
 
 OPSET = 13
 """The first version of ONNX's operators whose ``DequantizeLinear`` has an axis."""
@@ -39,9 +39,40 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
         ParamsError: The parameters are not those of the model.
         FormatError: The model is not ONNX, or a strategy has no such form.
     """
+    graph = _load(model, "onnx_qdq")
+    for layer in params.layers:
+        graph.quantize_inputs(layer)
+        graph.store(layer)
+    graph.finish()
+    onnx.checker.check_model(graph.content)
+    (folder / f"{model.stem}.qdq.onnx").write_bytes(graph.content.SerializeToString(deterministic=True))
+
+
+def stored_integers(model: Path, params: QuantParams, format_name: str) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Return the integers and scales of weights and biases by the names of their initializers.
+
+    Args:
+        model: An exported ONNX graph.
+        params: Its parameters.
+        format_name: Who asks, for messages.
+
+    Raises:
+        ParamsError: The parameters are not those of the model.
+        FormatError: The model is not ONNX, or two layers share a weight and quantize it differently.
+    """
+    graph = _load(model, format_name)
+    for layer in params.layers:
+        graph.store(layer)
+    return {
+        name: (numpy_helper.to_array(constants[0]), numpy_helper.to_array(constants[1]))
+        for name, (_, constants, _) in graph.decoders.items()
+    }
+
+
+def _load(model: Path, format_name: str) -> _Graph:
     if model.suffix != ".onnx":
         raise FormatError(
-            f"The format 'onnx_qdq' is not available for {model.name!r}, which is not an ONNX model",
+            f"The format {format_name!r} is not available for {model.name!r}, which is not an ONNX model",
             where=str(model.absolute()),
             expected="a model that the PyTorch backend exported",
             fix="Convert the frozen graph to ONNX first (tf2onnx), or use another format.",
@@ -54,12 +85,7 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
             where=str(model.absolute()),
             fix="Export the model again.",
         ) from error
-    graph = _Graph(content, model)
-    for layer in params.layers:
-        graph.quantize(layer)
-    graph.finish()
-    onnx.checker.check_model(content)
-    (folder / f"{model.stem}.qdq.onnx").write_bytes(content.SerializeToString(deterministic=True))
+    return _Graph(content, model)
 
 
 @dataclass
@@ -78,8 +104,8 @@ class _Graph:
         self.producers = {edge: node for node in self.graph.node for edge in node.output}
         self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
 
-    def quantize(self, layer: LayerParams) -> None:
-        """Give a layer its quantized input, weight and bias."""
+    def quantize_inputs(self, layer: LayerParams) -> None:
+        """Let the nodes of a layer read quantized inputs."""
         for node_name, edge in ((layer.node, layer.input.tensor), *layer.other_calls):
             node = self.nodes.get(node_name)
             if node is None or edge not in node.input:
@@ -87,6 +113,9 @@ class _Graph:
                 raise self._foreign(layer, f"there is no {what} {node_name!r}")
             place = list(node.input).index(edge)
             node.input[place] = self._pair(self._without_padding(node, edge), layer.input)
+
+    def store(self, layer: LayerParams) -> None:
+        """Store a layer's weight and bias as integers."""
         weight = layer.weight
         kind = np.dtype(np.int8 if weight.bits <= 8 else np.int16)
         self._decode(layer, weight.tensor, weight.scale, kind, weight.axis)

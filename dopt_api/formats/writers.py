@@ -18,10 +18,15 @@ Writer = Callable[[Path, QuantParams, Path], None]
 
 FORMATS = {
     "onnx_qdq": "dopt_api.formats.onnx_qdq",
+    "aimet_encodings": "dopt_api.formats.aimet_encodings",
     "amct_record": "dopt_api.formats.amct_record",
     "csv": "dopt_api.formats.table",
+    "safetensors": "dopt_api.formats.integers",
 }
 """The modules of the toolkit's own formats; each has its writer under the name ``write``."""
+
+EXTRAS = {"onnx_qdq": "onnx", "safetensors": "safetensors"}
+"""What is to be installed for those that need more than the core."""
 
 
 def format_names() -> tuple[str, ...]:
@@ -42,7 +47,7 @@ def get_format(name: str) -> Writer:
         except ModuleNotFoundError as error:
             raise FormatError(
                 f"The format {name!r} needs the package {error.name!r}, which is not installed",
-                fix="pip install 'dopt-api[onnx]'",
+                fix=f"pip install 'dopt-api[{EXTRAS[name]}]'",
             ) from error
         own: Writer = module.write
         return own

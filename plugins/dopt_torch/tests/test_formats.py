@@ -10,7 +10,9 @@ import torch
 from onnx import TensorProto
 from padded_network import Net, batches
 
+import dopt_api
 from dopt.dopt_torch.opt_main import generate_final_model
+from dopt_api.errors import FormatError
 from dopt_api.formats import convert
 
 
@@ -38,3 +40,35 @@ def test_onnx_runtime_gives_what_the_simulation_gives(make, tmp_path, strategy):
     found = run(file, x.numpy(), "ORT_DISABLE_ALL")
     assert 10 * math.log10(np.square(wanted).sum() / np.square(found - wanted).sum()) > 45
     assert np.isfinite(run(file, x.numpy(), "ORT_ENABLE_ALL")).all()
+
+
+def export(make, folder, strategy, formats):
+    folder.mkdir()
+    model = make(strategy=strategy)
+    torch.save(model.state_dict(), folder.parent / "quant.pth")
+    return dopt_api.export(
+        Net().eval(), folder.parent / "config.json", folder.parent / "quant.pth", folder, formats=formats
+    )
+
+
+def test_an_export_writes_other_formats_at_once(make, tmp_path):
+    result = export(make, tmp_path / "output", "Quant_INT8-8", ["onnx_qdq", "csv"])
+    assert sorted(file.name for file in (tmp_path / "output").iterdir()) == [
+        "model.onnx",
+        "model.qdq.onnx",
+        "quant_params.csv",
+        "quant_params.json",
+    ]
+    assert result.model == tmp_path / "output" / "model.onnx"
+    assert result.params == tmp_path / "output" / "quant_params.json"
+    assert result.others == (tmp_path / "output" / "model.qdq.onnx", tmp_path / "output" / "quant_params.csv")
+    assert all(file.is_file() for file in result.others)
+
+
+def test_a_format_that_cannot_be_written_leaves_nothing_behind(make, tmp_path):
+    with pytest.raises(FormatError, match="'onnx_qqd'"):
+        export(make, tmp_path / "unknown", "Quant_INT8-8", ["onnx_qqd"])
+    with pytest.raises(FormatError, match="no activations of 4 bits"):
+        export(make, tmp_path / "narrow", "Quant_INT4-4", ["csv", "onnx_qdq"])
+    assert not list((tmp_path / "unknown").iterdir())
+    assert not list((tmp_path / "narrow").iterdir())
