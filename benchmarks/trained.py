@@ -95,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build() -> nn.Module:
-    """Return the network, untrained: 94,000 parameters."""
-    channels = (1, 32, 32, 64, 64)
+    """Return the network, untrained: 39,000 parameters."""
+    channels = (1, 16, 32, 32, 64)
     layers: list[nn.Module] = []
     for number, (before, after) in enumerate(pairwise(channels)):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        if number % 2:
+        if number in (0, 2):
             layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * channels[-1], 10))
 

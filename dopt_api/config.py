@@ -201,13 +201,20 @@ def check(file: StrategyFile, found: ModelLayers) -> Plan:
 _SHAPE_FORM = "text such as 'input1:1,3,224,224;input2:1,10' (for other than float inputs 'ids:1,128:int64')"
 
 
-def assign(path: StrPath, strategies: Mapping[str, str], destination: StrPath | None = None) -> Path:
+def assign(
+    path: StrPath,
+    strategies: Mapping[str, str],
+    destination: StrPath | None = None,
+    *,
+    ranges: Mapping[str, str] | None = None,
+) -> Path:
     """Write a strategy file again with other strategies for some layers; everything else stays.
 
     Args:
         path: The strategy file.
         strategies: The strategy of each layer to change, by its name; such as those of a search.
         destination: The file to write; by default the file itself.
+        ranges: Likewise the range methods.
 
     Raises:
         ConfigError: The file cannot be read, or has no layer of a name.
@@ -224,7 +231,11 @@ def assign(path: StrPath, strategies: Mapping[str, str], destination: StrPath | 
     """
     file = read(path)
     content = json.loads(file.text)
-    for name, strategy in strategies.items():
+    changes = [
+        *((name, "quant_strategy", strategy) for name, strategy in strategies.items()),
+        *((name, "range", method) for name, method in (ranges or {}).items()),
+    ]
+    for name, key, value in changes:
         if name not in file.layers:
             raise ConfigError(
                 f"There is no layer {name!r}",
@@ -232,7 +243,7 @@ def assign(path: StrPath, strategies: Mapping[str, str], destination: StrPath | 
                 expected="a layer of this file",
                 fix=closest(name, file.layers) or "Use the file of this model.",
             )
-        content["layer_strategy"][name]["quant_strategy"] = strategy
+        content["layer_strategy"][name][key] = value
     return write_text(path if destination is None else destination, _rendered(content))
 
 

@@ -16,7 +16,7 @@ from dopt_api.types import ExportResult, ModelLayers, Plan
 if TYPE_CHECKING:
     from dopt_api.manager import Backend, BackendStatus
 
-__all__ = ["backends", "export", "generate_config", "get_quant_loss", "optimize", "set_calibrate_state"]
+__all__ = ["backends", "check", "export", "generate_config", "get_quant_loss", "optimize", "set_calibrate_state"]
 
 _log = logging.getLogger("dopt")
 
@@ -156,6 +156,21 @@ def export(
         others = [file.name for name in formats for file in convert(made.params, name, aside)]
     places = tuple(folder / name for name in others)
     return ExportResult(folder / made.model.name, folder / made.params.name, places)
+
+
+def check(model: Any, config_file: StrPath, *, backend: str | None = None) -> Plan:
+    """Check a strategy file against the model that it is for, and return what is to be done.
+
+    Args:
+        model: The float model; unchanged.
+        config_file: The strategy file.
+        backend: The backend's name; by default the one of the model's type.
+
+    Raises:
+        ConfigError: The file is broken, or not that of the model.
+        StrategyError: A strategy is unknown or not supported for the kind of layer.
+    """
+    return _plan(manager.select(model, backend), model, config_file)
 
 
 def _plan(backend: Backend, model: Any, config_file: StrPath) -> Plan:

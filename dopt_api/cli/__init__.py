@@ -1,6 +1,6 @@
 """The command line ``dopt``: one module for each command, imported when the command is called.
 
-It needs the extra ``cli`` (click, and Jinja2 for templates); the rest of the core does not.
+It needs the extra ``cli`` (click, Jinja2 for templates, rich for tables); the rest of the core does not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["main"]
 
-EXTRA = ("click", "jinja2")
+EXTRA = ("click", "jinja2", "rich")
 """The modules that the extra brings."""
 
 

@@ -13,8 +13,12 @@ from dopt_api.errors import DoptError, closest
 __all__ = ["COMMANDS", "Group", "dopt"]
 
 COMMANDS = {
+    "backends": "dopt_api.cli.backends",
+    "config": "dopt_api.cli.config",
     "convert": "dopt_api.cli.convert",
+    "doctor": "dopt_api.cli.doctor",
     "new-backend": "dopt_api.cli.new_backend",
+    "params": "dopt_api.cli.params",
     "verify": "dopt_api.cli.verify",
 }
 """The module of each command. It has the command under the name ``command``, and imports what is slow inside it."""

@@ -28,10 +28,10 @@ def test_a_folder_or_its_file_is_converted(tmp_path):
 
 def test_formats_are_listed_and_asked_for(tmp_path):
     export(tmp_path)
-    assert call("--list").output.split()[:2] == ["onnx_qdq", "amct_record"]
+    assert call("--list").output.split()[:2] == ["onnx_qdq", "aimet_encodings"]
     result = call(tmp_path)
     assert result.exit_code == 2
-    assert "--to onnx_qdq or --to amct_record or --to csv" in result.output
+    assert "--to amct_record or --to csv" in result.output
 
 
 def test_what_is_wrong_is_a_sentence_and_exit_status_1(tmp_path):
