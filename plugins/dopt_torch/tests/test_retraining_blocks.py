@@ -8,9 +8,16 @@ import torch
 from padded_network import Net, batches, sqnr
 from torch import nn
 
+from dopt_api.errors import CalibrationError
 from dopt_torch.fake_quantize import gain_of, learned_scale
 from dopt_torch.quantized_layer import quantized_layers
-from dopt_torch.retraining import distillation_loss, fit_weight_scales, freeze_norms, parameter_groups
+from dopt_torch.retraining import (
+    distillation_loss,
+    fit_weight_scales,
+    freeze_norms,
+    parameter_groups,
+    reestimate_norms,
+)
 
 
 def test_frozen_norms_stay_and_are_those_of_evaluation(make):
@@ -95,3 +102,55 @@ def test_retraining_at_four_bits_comes_nearer_to_float(make):
             loss.backward()
             optimizer.step()
     assert sqnr(model.eval(), exact, batches(seed=9)) > start + 3
+
+
+class TwoNorms(nn.Module):
+    """Convolution, norm, convolution, norm; with running statistics that are far off."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.one, self.two = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(4)
+        self.plain = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.plain(self.second(self.two(torch.relu(self.first(self.one(x))))))
+
+
+def test_norms_are_given_the_statistics_of_the_data(make):
+    net = TwoNorms()
+    model = make(net, "Quant_INT8-8")
+    model.first.running_mean.fill_(50.0)
+    model.second.running_var.fill_(9.0)
+    model.train()
+    model.two.eval()
+    tracked, weight = model.first.num_batches_tracked.clone(), model.one.weight.clone()
+    given = []
+    handle = model.first.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    far_off = copy.deepcopy(model).eval()
+    assert reestimate_norms(model, iter(batches())) == ["first", "second"]
+    handle.remove()
+    wanted = torch.stack([x.double().mean((0, 2, 3)) for x in given]).mean(0)
+    torch.testing.assert_close(model.first.running_mean.double(), wanted, rtol=1e-5, atol=1e-6)
+    wanted = torch.stack([x.double().var((0, 2, 3)) for x in given]).mean(0)
+    torch.testing.assert_close(model.first.running_var.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert model.training
+    assert not model.two.training
+    assert (model.first.momentum, model.first.num_batches_tracked) == (0.1, tracked)
+    assert torch.equal(model.one.weight, weight)
+    exact = TwoNorms().train()
+    for norm in (exact.first, exact.second):
+        norm.momentum = None  # the mean over all batches
+    for batch in batches():
+        exact(batch)
+    before, after = (sqnr(one, exact.eval(), batches(seed=9)) for one in (far_off, model.eval()))
+    assert after > max(15, before + 10)  # ranges are still those of the statistics at first
+
+
+def test_norms_stay_where_there_are_no_batches(make):
+    model = make(TwoNorms(), "Quant_INT8-8")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match="no batches"):
+        reestimate_norms(model, [])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

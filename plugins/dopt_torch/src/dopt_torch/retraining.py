@@ -1,7 +1,9 @@
-"""Building blocks of retraining, for the user's own loop: still norms, distillation, scales with their own rate."""
+"""Building blocks of retraining, for the user's own loop: norms, distillation, scales with their own rate."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +12,15 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from dopt_api.errors import CalibrationError
 from dopt_api.quantizer.rounding import best_scale
 from dopt_torch.fake_quantize import gain_of, weight_scale
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import norm_factor, quantized_layers
+from dopt_torch.running import evaluation, run
 
-__all__ = ["distillation_loss", "fit_weight_scales", "freeze_norms", "parameter_groups"]
+__all__ = ["distillation_loss", "fit_weight_scales", "freeze_norms", "parameter_groups", "reestimate_norms"]
 
 
 def freeze_norms(model: nn.Module) -> RemovableHandle:
@@ -33,6 +37,83 @@ def freeze_norms(model: nn.Module) -> RemovableHandle:
         A handle, whose ``remove()`` lets the statistics move again from the next ``model.train()`` on.
     """
     return model.register_forward_pre_hook(_still)
+
+
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, batches: Iterable[Any]) -> list[str]:
+    """Replace the running statistics of batch normalizations by those of the data in the quantized model.
+
+    Weights that jump between two integers shift the means of their outputs from step to step, and running statistics
+    lag behind them; statistics of the final weights are better (Nagel et al. 2022, "Overcoming oscillations in
+    quantization-aware training", section 5.1). Call it after retraining, before the export. The statistics of a batch
+    count alike, whatever its size; the weights are quantized with the statistics as they were until all have been seen.
+
+    Args:
+        model: The quantized model, wrapped or not, or any module. Modes are restored.
+        batches: Inputs as the model takes them: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+
+    Returns:
+        The names of the normalizations that have new statistics.
+
+    Raises:
+        CalibrationError: There are no batches; nothing is changed then.
+    """
+    norms = {name: module for name, module in model.named_modules() if _has_statistics(module)}
+    sums = {name: _Moments() for name in norms}
+    handles = [norm.register_forward_pre_hook(sums[name].see) for name, norm in norms.items()]
+    count = 0
+    try:
+        with evaluation(model), _batch_statistics(norms.values()):
+            for batch in batches:
+                run(model, batch)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not count:
+        raise CalibrationError("There are no batches", expected="one or more inputs of the model")
+    seen = [name for name, moments in sums.items() if moments.count]
+    for name in seen:
+        norm: Any = norms[name]
+        norm.running_mean.copy_(sums[name].mean / sums[name].count)
+        norm.running_var.copy_(sums[name].variance / sums[name].count)
+    return seen
+
+
+class _Moments:
+    """Sums of the means and variances of what a batch normalization is given, over batches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.variance = torch.zeros((), dtype=torch.float64)
+
+    def see(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Take in a batch ``[N, C, ...]``."""
+        x = args[0].double()
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        if x.numel() // x.shape[1] < 2:  # a single value has no variance
+            return
+        self.count += 1
+        self.mean = self.mean.to(x.device) + x.mean(over)
+        self.variance = self.variance.to(x.device) + x.var(over, unbiased=True)
+
+
+@contextmanager
+def _batch_statistics(norms: Iterable[Any]) -> Iterator[None]:
+    """Let normalizations use each batch's own statistics, as in training, and keep their running ones as they are."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm, _, _ in before:
+        norm.training, norm.momentum = True, 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, tracked in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def distillation_loss(outputs: Tensor, float_outputs: Tensor, temperature: float = 1.0) -> Tensor:
