@@ -124,7 +124,7 @@ def _run(seed: int, train: Data, test: Data, epochs: int, retraining_epochs: int
     quantized = _calibrated(model, "Quant_INT4-4", "mse", pictures)
     fit_weight_scales(quantized)
     freeze_norms(quantized)
-    optimizer = torch.optim.SGD(parameter_groups(quantized, 0.01, weight_decay=5e-4), momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(parameter_groups(quantized, 0.002, weight_decay=5e-4), momentum=0.9, nesterov=True)
 
     def loss(logits: Tensor, labels: Tensor, x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 from quantized_chain import convolve, edit, network, run
 
+import dopt_api.verify as verify_module
 from dopt_api.cli.group import dopt
 from dopt_api.errors import FormatError
 from dopt_api.formats import convert
@@ -112,3 +113,37 @@ def test_the_command_shows_the_worst_first_and_fails_below_a_bound(tmp_path):
     assert "cannot be read as .npz" in result.output
     edit(tmp_path, lambda layer: layer.update(node="conv9"))
     assert "there is no node 'conv9'" in call(tmp_path).output
+
+
+def test_the_form_as_it_stands_is_held_against_exact_integer_sums(tmp_path):
+    network(tmp_path, ["Quant_INT8-8", "Quant_INT8-4"])
+    x = np.random.default_rng(1).standard_normal((2, 3, 6, 6)).astype(np.float32)
+    layers = verify(tmp_path / "quant_params.json", [{"x0": x}]).layers
+    assert [layer.off for layer in layers] == [0, 0]
+    np.savez(tmp_path / "batch.npz", x0=x)
+    heading, row, *_ = call(tmp_path, "--data", tmp_path / "batch.npz").output.splitlines()
+    assert (heading.split()[-1], row.split()[-1]) == ("off", "0")
+
+
+def test_a_matrix_product_is_held_against_exact_integer_sums(tmp_path, monkeypatch):
+    network(tmp_path, ["Quant_INT8-8"])
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    weight = numpy_helper.to_array(model.graph.initializer[0]).reshape(4, 27)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w0"))
+    node = onnx.helper.make_node("Gemm", ["x0", "w0", "b0"], ["x1"], name="conv0", transB=1)
+    model.graph.node[0].CopyFrom(node)
+    for end, size in ((model.graph.input[0], 27), (model.graph.output[0], 4)):
+        end.CopyFrom(onnx.helper.make_tensor_value_info(end.name, onnx.TensorProto.FLOAT, [None, size]))
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    x = np.random.default_rng(1).standard_normal((2, 27)).astype(np.float32)
+    (layer,) = verify(tmp_path / "quant_params.json", [{"x0": x}]).layers
+    assert layer.off == 0
+    sums = verify_module._sums
+
+    def wrong(*arguments):
+        found = sums(*arguments)
+        found[0, 2] += 3
+        return found
+
+    monkeypatch.setattr(verify_module, "_sums", wrong)
+    assert verify(tmp_path / "quant_params.json", [{"x0": x}]).layers[0].off == 3

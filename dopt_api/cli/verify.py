@@ -6,9 +6,14 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from dopt_api.cli.output import print_table
+
+if TYPE_CHECKING:
+    from dopt_api.verify import LayerCheck
 
 __all__ = ["command"]
 
@@ -40,10 +45,9 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
     if as_json:
         click.echo(json.dumps(_finite(asdict(found)), indent=2, allow_nan=False))
     else:
-        click.echo(f"{'layer':40} {'SQNR dB':>8} {'cosine':>8} {'clipped':>8} {'hazard':>8}")
-        for layer in sorted(found.layers, key=lambda one: one.sqnr_db):
-            shares = f"{layer.clipped:8.2%} {layer.hazard:8.1%}"
-            click.echo(f"{layer.name:40} {layer.sqnr_db:8.2f} {layer.cosine:8.5f} {shares}")
+        columns = ("layer", "SQNR dB", "cosine", "clipped", "hazard", "off")
+        worst_first = sorted(found.layers, key=lambda one: one.sqnr_db)
+        print_table(columns, map(_row, worst_first), right=columns[1:])
         click.echo(f"\noutputs against float: {found.sqnr_db:.2f} dB, cosine {found.cosine:.5f}")
         click.echo(f"with all optimizations: {found.optimized_db:.2f} dB; against without: {found.kernels_db:.2f} dB")
         click.echo("kernels: " + ", ".join(f"{count} {kind}" for kind, count in found.kernels.items()))
@@ -55,6 +59,11 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
     if min_sqnr is not None and not min(found.sqnr_db, found.optimized_db) >= min_sqnr:
         worst = min(found.sqnr_db, found.optimized_db)
         raise click.ClickException(f"The outputs have {worst:.2f} dB, less than --min-sqnr {min_sqnr:g}.")
+
+
+def _row(layer: LayerCheck) -> tuple[object, ...]:
+    off = "" if layer.off is None else layer.off
+    return layer.name, f"{layer.sqnr_db:.2f}", f"{layer.cosine:.5f}", f"{layer.clipped:.2%}", f"{layer.hazard:.1%}", off
 
 
 def _finite(value: Any) -> Any:
