@@ -47,8 +47,9 @@ class LayerCheck:
         hazard: The share of its output channels that have two neighbouring weights of one sign whose products with
             8-bit data can overflow the 16-bit sums of processors with AVX2 and without VNNI.
         off: How far its output, in the form as it stands, is from exact integer sums over the same quantized input, at
-            most, in units of input scale times weight scale; for the first sample. 0: to the bit of an int32
-            accumulator. ``None`` for transposed convolutions.
+            most, for the first sample: in units of the accumulator (input scale times weight scale), or of float32's
+            last place where that is coarser. 0: the exact sum, rounded. ``None`` where there are none to compare with, as
+            for transposed convolutions.
     """
 
     name: str
@@ -206,7 +207,7 @@ def _clipped(x: NDArray[Any], layer: LayerParams) -> float:
 
 
 def _off(integer: Path, params: QuantParams, feed: Feed) -> list[int | None]:
-    """Return for each layer how far its output is from exact sums, in units of their last place."""
+    """Return for each layer how far its output is from exact sums, in units of the coarser last place."""
     graph = onnx.load(str(integer)).graph
     nodes = {node.name: node for node in graph.node}
     makers = {edge: node for node in graph.node for edge in node.output}
@@ -227,17 +228,21 @@ def _off(integer: Path, params: QuantParams, feed: Feed) -> list[int | None]:
         shape = [1] * sums.ndim
         shape[axis] = -1
         units = np.float64(np.float32(layer.input.scale[0])) * np.asarray(layer.weight.scale, np.float32)
-        steps = values[outputs[layer.name]].astype(np.float64) / units.reshape(shape)
-        found.append(int(np.abs(np.rint(steps) - sums).max(initial=0)))
+        wanted = sums * units.reshape(shape)
+        place = np.maximum(units.reshape(shape), np.spacing(np.abs(wanted).astype(np.float32)))
+        found.append(int(np.rint(np.abs(values[outputs[layer.name]] - wanted) / place).max(initial=0)))
     return found
 
 
 def _sums(
     node: Any, x: NDArray[np.int64], layer: LayerParams, constants: Mapping[str, Any]
 ) -> NDArray[np.int64] | None:
-    """Return the exact sums of a layer's node, with its bias."""
+    """Return the exact sums of a layer's node, with its bias; ``None`` for what no export writes."""
     weight = numpy_helper.to_array(constants[f"{layer.weight.tensor}/dopt/integers"])
     options = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+    usual = {"auto_pad": b"NOTSET", "transA": 0, "alpha": 1.0, "beta": 1.0}
+    if any(options.get(name, value) != value for name, value in usual.items()):
+        return None
     if node.op_type == "Conv":
         axes = x.ndim - 2
         sums = convolution_sums(
