@@ -246,13 +246,15 @@ def _plot(networks: dict[str, Sequence[dict[str, Any]]], file: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (name, strategy, rows) in zip(axes[0], panels, strict=True):
         score = next(iter(rows[0]["scores"]))
-        values = [row["scores"][score] for row in rows]
+        loss = score == "cosine"  # which are all near 1: what they lack is what differs
+        values = [1.0 - row["scores"][score] if loss else row["scores"][score] for row in rows]
         axis.barh([row["recipe"] for row in rows], values, color="#4878a8")
         axis.invert_yaxis()
-        axis.set(title=f"{name}\n{strategy}", xlabel=score)
-        axis.set_xlim(min(0.98 * min(values), max(values) - 1) if score == "cosine" else min(0.0, *values), None)
-        if rows[0]["goal"] is not None:
-            axis.axvline(rows[0]["goal"], color="#c44", linestyle="--", label="goal")
+        axis.set(title=f"{name}\n{strategy}", xlabel=f"1 - {score} (less is better)" if loss else score)
+        axis.set_xscale("log" if loss else "linear")
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
+        if (goal := rows[0]["goal"]) is not None:
+            axis.axvline(1.0 - goal if loss else goal, color="#c44", linestyle="--", label=f"goal {goal:g}")
             axis.legend(loc="lower right")
     figure.savefig(file, dpi=110)
 

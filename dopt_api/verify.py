@@ -48,8 +48,8 @@ class LayerCheck:
             8-bit data can overflow the 16-bit sums of processors with AVX2 and without VNNI.
         off: How far its output, in the form as it stands, is from exact integer sums over the same quantized input, at
             most, for the first sample: in units of the accumulator (input scale times weight scale), or of float32's
-            last place where that is coarser. 0: the exact sum, rounded. ``None`` where there are none to compare with, as
-            for transposed convolutions.
+            last place where that is coarser. 0: the exact sum, rounded. ``None`` where there are no such sums,
+            as for transposed convolutions.
     """
 
     name: str
