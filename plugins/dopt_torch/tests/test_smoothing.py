@@ -262,3 +262,24 @@ def test_a_checkpoint_whose_factors_do_not_fit_is_refused(make, smoothed, net, t
     torch.save(state, tmp_path / "quant.pth")
     with pytest.raises(CheckpointError, match="does not fit"):
         generate_final_model(net, str(tmp_path / "config.json"), str(tmp_path / "quant.pth"), str(tmp_path))
+
+
+class Scaled(nn.Module):
+    """Two layers that read one tensor times a constant of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.register_buffer("factor", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    def forward(self, x):
+        return self.one(x * self.factor) + self.two(x * self.factor)
+
+
+def test_multiplications_of_the_users_own_stay_what_they_are(make, tmp_path):
+    net = Scaled().eval()
+    model = make(net, "Quant_INT8-8", shape="x:1,4", data=[torch.randn(8, 4)])
+    torch.save(model.state_dict(), tmp_path / "quant.pth")
+    generate_final_model(net, str(tmp_path / "config.json"), str(tmp_path / "quant.pth"), str(tmp_path))
+    graph = onnx.load(str(tmp_path / "model.onnx")).graph
+    assert not [tensor.name for tensor in graph.initializer if "smoothing" in tensor.name]

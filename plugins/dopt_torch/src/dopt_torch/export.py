@@ -70,7 +70,8 @@ def export(
         graph = GraphEditor(_to_onnx(deployed, plan, inputs, names, dynamic_batch))
         params = []
         for index, layer in enumerate(layers):
-            place = graph.settle(index, layer.path, layer.weight, layer.bias, layer.source.axis)
+            smoothed = layer.module._parameters["dopt_smoothing"] is not None
+            place = graph.settle(index, layer.path, layer.weight, layer.bias, layer.source.axis, smoothed=smoothed)
             if layer.quantized is not None:
                 params.append(layer_params(layer.quantized, **asdict(place)))
         onnx.save_model(graph.finish(), str(aside / "model.onnx"))

@@ -67,7 +67,9 @@ class GraphEditor:
             if node.op_type == MARK and self._is_constant(node.input[0]):
                 self.marks[node.attribute[0].f].append(i)
 
-    def settle(self, index: int, path: str, weight: Float32, bias: Float32 | None, axis: int) -> Place:
+    def settle(
+        self, index: int, path: str, weight: Float32, bias: Float32 | None, axis: int, *, smoothed: bool = False
+    ) -> Place:
         """Resolve the marks of one layer and name what belongs to it.
 
         Args:
@@ -76,6 +78,7 @@ class GraphEditor:
             weight: Its weight on the grid, in the layout of the module.
             bias: Its bias, or ``None``.
             axis: The output channels' axis of ``weight``.
+            smoothed: Whether its input is multiplied by smoothing factors.
 
         Raises:
             ModelError: The graph does not compute the layer, or does so in a way that is not known here.
@@ -96,7 +99,8 @@ class GraphEditor:
             both_ways = transposed != found[0][1]  # called as Gemm and as MatMul: two layouts of one weight
             names.append(self._put(f"{prefix}weight{'.transposed' * both_ways}", weight.T if transposed else weight))
             node.input[1] = names[-1]
-            self._share_smoothing(node, f"{prefix}smoothing")
+            if smoothed:
+                self._share_smoothing(node, f"{prefix}smoothing")
             if bias is not None:
                 bias_tensor = self._put(f"{prefix}bias", bias)
                 self._set_bias(node, bias_tensor, path)
