@@ -671,3 +671,12 @@ class TestFolding:
     @weight_norming
     def test_a_layer_that_cannot_be_quantized_does_not_pair(self):
         assert norms_of(nn.Sequential(nn.utils.weight_norm(conv()), nn.BatchNorm2d(3))) == {}
+
+
+def test_token_numbers_given_as_floats_are_answered_with_how_to_declare_them():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+    (note,) = find_layers(model, "ids:1,6").notes
+    assert "declared as 'ids:1,128:int64'" in note
+    assert not find_layers(model, "ids:1,6:int64").notes
+    (note,) = find_layers(nn.Sequential(nn.Linear(4, 2)), "x:1,5").notes
+    assert "int64" not in note

@@ -433,6 +433,9 @@ def _by_definition(model: nn.Module, input_shape: str, error: Exception) -> Mode
         "listed in the order of their definition, functional calls are not listed, and batch normalization is not "
         "folded."
     )
+    embeds = any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in model.modules())
+    if embeds and "int" not in input_shape:
+        note += " Inputs are float unless they say otherwise: token numbers are declared as 'ids:1,128:int64'."
     return ModelLayers(tuple(layers), notes=(note,), structure=Structure(paths, {}, None))
 
 
