@@ -29,7 +29,7 @@ __all__ = ["LayerCheck", "Verification", "verify"]
 
 Feed = Mapping[str, NDArray[Any]]
 
-MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger")
+MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat")
 
 PAIR_LIMIT = 128
 """The greatest sum of two weights whose products with 255 do not overflow 16 bits: 255 * 128 < 2 ** 15."""

@@ -147,3 +147,10 @@ def test_a_matrix_product_is_held_against_exact_integer_sums(tmp_path, monkeypat
 
     monkeypatch.setattr(verify_module, "_sums", wrong)
     assert verify(tmp_path / "quant_params.json", [{"x0": x}]).layers[0].off == 3
+
+
+def test_every_kernel_that_multiplies_is_counted():
+    kinds = ["QLinearConv", "Conv", "FusedConv", "QGemm", "FusedMatMul", "MatMulIntegerToFloat", "MatMulInteger", "Mul"]
+    nodes = [onnx.helper.make_node(kind, ["x"], ["y"]) for kind in [*kinds, "Conv"]]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
+    assert verify_module._multiplying(model) == {**dict.fromkeys(kinds[:-1], 1), "Conv": 2}

@@ -392,3 +392,25 @@ def test_operations_of_other_functions_that_look_like_marks_stay(export):
     x = torch.randn(2, 3, 4, 4)
     exported, quantized = export(Activated().eval(), "x:2,3,4,4", x)
     assert_simulates(exported, quantized, x)
+
+
+class Pooled(nn.Module):
+    """A layer that is run and whose result nobody takes, as the pooler of many transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.pooler = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.body(x)
+        self.pooler(y)
+        return y
+
+
+def test_a_layer_that_no_output_depends_on_is_said_and_left_out(quantize, config_of, tmp_path, caplog):
+    net = Pooled().eval()
+    model = quantize(net, "x:1,4", torch.randn(8, 4))
+    torch.save(model.state_dict(), tmp_path / "quant.pth")
+    result = dopt_api.export(net, config_of(net, "x:1,4"), tmp_path / "quant.pth", tmp_path)
+    assert [layer.name for layer in params.read_params(result.params).layers] == ["body/Linear"]
+    assert "'pooler/Linear' is not in the exported files: no output of the model depends on it" in caplog.text

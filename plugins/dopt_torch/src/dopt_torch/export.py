@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,8 @@ from dopt_torch.optimize import optimize
 from dopt_torch.quantized_layer import norm_of, original_class, shadowed, with_input
 
 __all__ = ["OPSET", "export"]
+
+_log = logging.getLogger("dopt")
 
 OPSET = 15
 """The ONNX operator set of the written graphs: the newest that torch 1.11 writes."""
@@ -72,8 +75,15 @@ def export(
         for index, layer in enumerate(layers):
             smoothed = layer.module._parameters["dopt_smoothing"] is not None
             place = graph.settle(index, layer.path, layer.weight, layer.bias, layer.source.axis, smoothed=smoothed)
-            if layer.quantized is not None:
-                params.append(layer_params(layer.quantized, **asdict(place)))
+            if layer.quantized is None:
+                continue
+            if place is None:
+                _log.warning(
+                    "Layer %r is not in the exported files: no output of the model depends on it.",
+                    layer.quantized.plan.name,
+                )
+                continue
+            params.append(layer_params(layer.quantized, **asdict(place)))
         onnx.save_model(graph.finish(), str(aside / "model.onnx"))
         text = render_params(QuantParams("model.onnx", tuple(params)))
         (aside / "quant_params.json").write_text(text, encoding="utf-8", newline="\n")

@@ -69,7 +69,7 @@ class GraphEditor:
 
     def settle(
         self, index: int, path: str, weight: Float32, bias: Float32 | None, axis: int, *, smoothed: bool = False
-    ) -> Place:
+    ) -> Place | None:
         """Resolve the marks of one layer and name what belongs to it.
 
         Args:
@@ -80,17 +80,15 @@ class GraphEditor:
             axis: The output channels' axis of ``weight``.
             smoothed: Whether its input is multiplied by smoothing factors.
 
+        Returns:
+            Where the layer is; ``None`` if the graph does without it, since no output depends on it.
+
         Raises:
-            ModelError: The graph does not compute the layer, or does so in a way that is not known here.
+            ModelError: The graph computes the layer in a way that is not known here.
         """
         found = sorted(self._computation(mark, path) for mark in self.marks[mark_value(index)])
         if not found:
-            raise ModelError(
-                f"The exported graph does not use the weight of layer {path!r}",
-                where=f"module {path!r}",
-                expected="a layer that the model calls for the shapes in 'input_shape'",
-                fix="Set it to 'float' in the strategy file.",
-            )
+            return None
         prefix = f"{path}." if path else ""
         calls, names = [], []
         bias_tensor = None
