@@ -34,7 +34,7 @@ from benchmarks.workload import THREADS
 from dopt.dopt_torch.opt_main import generate_config_file, optimize_model
 from dopt_torch.optimize import set_calibrate_state
 from dopt_torch.post_training import post_training
-from dopt_torch.retraining import distillation_loss, freeze_norms, parameter_groups
+from dopt_torch.retraining import distillation_loss, fit_weight_scales, freeze_norms, parameter_groups
 from examples.efficientnet_lite.program import choose_strategy
 
 __all__ = ["main"]
@@ -121,7 +121,8 @@ def _run(seed: int, train: Data, test: Data, epochs: int, retraining_epochs: int
     rounded = _optimized(model, "Quant_INT4-4", "mse")
     post_training(rounded, pictures, samples=256)
     found["W4A4 rounded"] = _accuracy(rounded, test)
-    quantized = copy.deepcopy(rounded)  # its scales and integers are where training begins
+    quantized = _calibrated(model, "Quant_INT4-4", "mse", pictures)
+    fit_weight_scales(quantized)
     freeze_norms(quantized)
     optimizer = torch.optim.SGD(parameter_groups(quantized, 0.002, weight_decay=5e-4), momentum=0.9, nesterov=True)
 
