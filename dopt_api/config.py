@@ -82,7 +82,8 @@ def write(path: StrPath, found: ModelLayers, input_shape: str | None = None) -> 
     """
     content: dict[str, Any] = {}
     for layer in found.layers:
-        content.setdefault(f"quant_strategy_for op '{layer.op_type}'", list(layer.strategies))
+        names = content.setdefault(f"quant_strategy_for op '{layer.op_type}'", [])
+        names.extend(name for name in layer.offered if name not in names)
     if input_shape is not None:
         content["input_shape"] = input_shape
     content["layer_strategy"] = {
@@ -328,7 +329,12 @@ def _plan_layer(file: StrategyFile, name: str, layer: LayerInfo) -> LayerPlan | 
             fix=closest(method, known),
         )
     strategy = find_strategy(
-        entry["quant_strategy"], layer=name, op_type=layer.op_type, supported=layer.strategies, where=where
+        entry["quant_strategy"],
+        layer=name,
+        op_type=layer.op_type,
+        supported=layer.offered,
+        where=where,
+        unfit=layer.unfit,
     )
     return None if strategy is None else LayerPlan(name, layer.op_type, strategy, method)
 

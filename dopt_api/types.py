@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dopt_api.quantizer.grid import Grid
 from dopt_api.quantizer.ranges import DEFAULT_RANGE
-from dopt_api.strategy import Strategy, strategy_names
+from dopt_api.strategy import STRATEGIES, Strategy, strategy_names
 
 __all__ = [
     "HOOK_API_VERSION",
@@ -22,7 +23,7 @@ __all__ = [
     "Plan",
 ]
 
-HOOK_API_VERSION = "1.0"
+HOOK_API_VERSION = "1.1"
 """Version of the hooks: an added hook or argument raises the minor number, a removed one the major number."""
 
 
@@ -36,6 +37,7 @@ class Capabilities:
         distributed_calibration: Statistics of several processes are merged.
         dynamic_batch: The exported graph can leave the batch size open.
         session_graph: ``optimize`` rewrites a graph in place and takes the two flags of the contract.
+        weight_only: Layers can have integer weights and a float input.
     """
 
     retraining: bool = False
@@ -43,6 +45,7 @@ class Capabilities:
     distributed_calibration: bool = False
     dynamic_batch: bool = False
     session_graph: bool = False
+    weight_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,27 @@ class LayerInfo:
     Attributes:
         name: Unique in the model and stable from the strategy file to the parameter file.
         op_type: The kind of layer, as the strategy file names it.
-        strategies: Names of the strategies that it supports; empty if it cannot be quantized.
+        strategies: Names of the strategies that its kind supports; empty if it cannot be quantized.
         reason: Why it cannot be quantized; empty if it can.
+        weight_only: Whether its input can be left float while its weight is quantized.
+        row: How many weights an output channel has, where they can have groups and zero points; otherwise 0.
     """
 
     name: str
     op_type: str
     strategies: tuple[str, ...] = field(default_factory=strategy_names)
     reason: str = ""
+    weight_only: bool = False
+    row: int = 0
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The strategies of its kind that this layer can have, as far as can be said without loading extensions."""
+        return tuple(name for name in self.strategies if name not in STRATEGIES or not self.unfit(STRATEGIES[name]))
+
+    def unfit(self, strategy: Strategy) -> str:
+        """Return why this layer cannot have a strategy, or nothing if it can."""
+        return strategy.unfit(weight_only=self.weight_only, row=self.row)
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,17 @@ class LayerPlan:
     op_type: str
     strategy: Strategy
     range_method: str = DEFAULT_RANGE
+
+    @property
+    def input_grid(self) -> Grid:
+        """The grid of the layer's input, for layers that quantize it.
+
+        Raises:
+            ValueError: The strategy leaves the input float, which only backends that claim ``weight_only`` meet.
+        """
+        if self.strategy.activation is None:
+            raise ValueError(f"The strategy {self.strategy.name!r} of layer {self.name!r} leaves the input float")
+        return self.strategy.activation
 
 
 @dataclass(frozen=True)

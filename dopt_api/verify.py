@@ -29,7 +29,7 @@ __all__ = ["LayerCheck", "Verification", "verify"]
 
 Feed = Mapping[str, NDArray[Any]]
 
-MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat")
+MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
 
 PAIR_LIMIT = 128
 """The greatest sum of two weights whose products with 255 do not overflow 16 bits: 255 * 128 < 2 ** 15."""
@@ -43,13 +43,13 @@ class LayerCheck:
         name: The layer's name in the strategy file.
         sqnr_db: Signal to quantization noise of its output, in dB, with all layers before it quantized too.
         cosine: Cosine of its output and the float one.
-        clipped: The share of its float inputs that lie beyond its range.
+        clipped: The share of its float inputs that lie beyond its range; 0 where the input stays float.
         hazard: The share of its output channels that have two neighbouring weights of one sign whose products with
             8-bit data can overflow the 16-bit sums of processors with AVX2 and without VNNI.
         off: How far its output, in the form as it stands, is from exact integer sums over the same quantized input, at
             most, for the first sample: in units of the accumulator (input scale times weight scale), or of float32's
             last place where that is coarser. 0: the exact sum, rounded. ``None`` where there are no such sums,
-            as for transposed convolutions.
+            as for transposed convolutions and float inputs.
     """
 
     name: str
@@ -165,7 +165,7 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 def _made_up(model: Any, params: QuantParams, samples: int, seed: int) -> Feed:
     generator = np.random.default_rng(seed)
-    ranges = {layer.input.tensor: layer.input for layer in params.layers}
+    ranges = {layer.input.tensor: layer.input for layer in params.layers if layer.input.quantized}
     feed = {}
     for value in model.graph.input:
         dimensions = [one.dim_value for one in value.type.tensor_type.shape.dim]
@@ -201,6 +201,8 @@ def _alike(exact: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:
 
 
 def _clipped(x: NDArray[Any], layer: LayerParams) -> float:
+    if not layer.input.quantized:
+        return 0.0
     scale, zero_point = layer.input.scale[0], layer.input.zero_point[0]
     steps = np.rint(x / np.float32(scale)) + zero_point
     return float(np.mean((steps < 0) | (steps > (1 << layer.input.bits) - 1))) if x.size else 0.0
@@ -212,12 +214,18 @@ def _off(integer: Path, params: QuantParams, feed: Feed) -> list[int | None]:
     nodes = {node.name: node for node in graph.node}
     makers = {edge: node for node in graph.node for edge in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    decoders = {layer.name: makers[nodes[layer.node].input[0]] for layer in params.layers}
-    outputs = {layer.name: str(nodes[layer.node].output[0]) for layer in params.layers}
+    quantized_inputs = [layer for layer in params.layers if layer.input.quantized]
+    if not quantized_inputs:
+        return [None] * len(params.layers)
+    decoders = {layer.name: makers[nodes[layer.node].input[0]] for layer in quantized_inputs}
+    outputs = {layer.name: str(nodes[layer.node].output[0]) for layer in quantized_inputs}
     edges = [*(str(node.input[0]) for node in decoders.values()), *outputs.values()]
     _, (values,) = _batches(integer, [{name: np.asarray(array)[:1] for name, array in feed.items()}], edges)
     found: list[int | None] = []
     for layer in params.layers:
+        if not layer.input.quantized:
+            found.append(None)
+            continue
         quantized, decoder = values[decoders[layer.name].input[0]], decoders[layer.name]
         x = quantized.astype(np.int64) - int(numpy_helper.to_array(constants[decoder.input[2]]))
         sums = _sums(nodes[layer.node], x, layer, constants)
@@ -268,6 +276,9 @@ def _hazards(model: Any, params: QuantParams) -> list[float]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found = []
     for layer in params.layers:
+        if not layer.input.quantized:
+            found.append(0.0)
+            continue
         integers = numpy_helper.to_array(stored[f"{layer.weight.tensor}/dopt/integers"]).astype(np.int64)
         rows = np.moveaxis(integers, layer.weight.axis or 0, 0).reshape(integers.shape[layer.weight.axis or 0], -1)
         rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))

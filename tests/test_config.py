@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dopt_api import config
 from dopt_api.errors import ConfigError, DoptError, OutputError, StrategyError
-from dopt_api.strategy import STRATEGIES
-from dopt_api.types import InputSpec, LayerInfo, ModelLayers
+from dopt_api.strategy import INTEGER_STRATEGIES, STRATEGIES
+from dopt_api.types import InputSpec, LayerInfo, LayerPlan, ModelLayers
 
 CONV = "<class 'torch.nn.modules.conv.Conv2d'>"
 LINEAR = "<class 'torch.nn.modules.linear.Linear'>"
@@ -63,7 +63,7 @@ def test_the_layout_is_that_of_the_contract(tmp_path):
         "not_quantizable",
         "notes",
     ]
-    assert content[f"quant_strategy_for op '{CONV}'"] == list(STRATEGIES)
+    assert content[f"quant_strategy_for op '{CONV}'"] == list(INTEGER_STRATEGIES)
     assert content["input_shape"] == "x:1,3,224,224"
     assert list(content["layer_strategy"]) == ["conv1/Conv2D", "conv2/Conv2D", "fc/Linear"]
     assert content["layer_strategy"]["fc/Linear"] == {"op_type": LINEAR, "quant_strategy": "float"}
@@ -94,7 +94,7 @@ def test_any_names_survive_writing_and_reading(layers, shape, tmp_path_factory):
     assert list(file.layers) == layers
     assert file.input_shape == shape
     for number, name in enumerate(layers):  # after six lines and the strategies, each on four
-        assert file.where("layer_strategy", name).endswith(f", line {6 + len(STRATEGIES) + 4 * number}")
+        assert file.where("layer_strategy", name).endswith(f", line {6 + len(INTEGER_STRATEGIES) + 4 * number}")
 
 
 def test_writing_into_a_missing_folder_names_it(tmp_path):
@@ -378,6 +378,47 @@ def test_a_strategy_that_the_layer_does_not_support(read):
     text = '{"layer_strategy": {"fc/Linear": {"quant_strategy": "Quant_INT8-8"}}}'
     with pytest.raises(StrategyError, match=r"'Quant_INT8-8', which .*Linear.* does not support.*one of 'float'"):
         config.check(read(text), found)
+
+
+WEIGHTS_ALONE = [name for name in STRATEGIES if name not in INTEGER_STRATEGIES]
+
+
+@pytest.mark.parametrize(
+    ("weight_only", "row", "offered"),
+    [
+        (False, 0, []),
+        (False, 64, []),
+        (True, 0, ["Quant_FLOAT-8", "Quant_FLOAT-4"]),
+        (True, 33, ["Quant_FLOAT-8", "Quant_FLOAT-4"]),
+        (True, 64, WEIGHTS_ALONE),
+    ],
+)
+def test_what_a_layer_is_offered_is_what_it_can_have(read, tmp_path, weight_only, row, offered):
+    found = ModelLayers((LayerInfo("fc/Linear", LINEAR, weight_only=weight_only, row=row),))
+    path = config.write(tmp_path / "written.json", found)
+    names = json.loads(path.read_text(encoding="utf-8"))[f"quant_strategy_for op '{LINEAR}'"]
+    assert names == [*INTEGER_STRATEGIES, *offered]
+    for name in STRATEGIES:
+        file = read(json.dumps({"layer_strategy": {"fc/Linear": {"quant_strategy": name}}}))
+        if name in names:
+            assert config.check(file, found).quantized["fc/Linear"].strategy is STRATEGIES[name]
+        else:
+            with pytest.raises(StrategyError, match=r"leaves inputs float|has groups or zero points|gives 32 weights"):
+                config.check(file, found)
+
+
+def test_the_comment_on_a_kind_has_what_any_of_its_layers_can_have(tmp_path):
+    rows = (33, 64)
+    found = ModelLayers(tuple(LayerInfo(f"fc{row}", LINEAR, weight_only=True, row=row) for row in rows))
+    content = json.loads(config.write(tmp_path / "config.json", found).read_text(encoding="utf-8"))
+    assert content[f"quant_strategy_for op '{LINEAR}'"] == list(STRATEGIES)
+
+
+def test_the_grid_of_a_float_input_is_refused_by_name():
+    plan = LayerPlan("fc/Linear", LINEAR, STRATEGIES["Quant_FLOAT-8"])
+    with pytest.raises(ValueError, match="'Quant_FLOAT-8' of layer 'fc/Linear' leaves the input float"):
+        _ = plan.input_grid
+    assert LayerPlan("fc/Linear", LINEAR, STRATEGIES["Quant_INT8-8"]).input_grid.dtype == "uint8"
 
 
 def test_a_layer_that_the_model_does_not_have(read):

@@ -20,6 +20,7 @@ WEIGHT = Grid(6, signed=True, symmetric=True, narrow=True, per_channel=True)
 six = Strategy("Quant_INT6-6", Grid(6), WEIGHT)
 skewed = Strategy("skewed", Grid(8), Grid(8))
 channels = Strategy("channels", Grid(8, per_channel=True), WEIGHT)
+alone = Strategy("alone", None, Grid(5, per_channel=True, group=8))
 def half(statistics, grid):
     return float(statistics.minimum) / 2, float(statistics.maximum) / 2
 """
@@ -30,6 +31,7 @@ ENTRIES = {
         "nothing": "mine_ext:half",
         "skewed": "mine_ext:skewed",
         "channels": "mine_ext:channels",
+        "alone": "mine_ext:alone",
         "gone": "mine_gone:six",
         "Quant_INT8-8": "mine_ext:six",
     },
@@ -114,7 +116,7 @@ def test_the_toolkit_s_own_are_not_replaced(site):
     [
         ("other", "called 'Quant_INT6-6' by itself"),
         ("nothing", "not a Strategy"),
-        ("skewed", "weights asymmetrically"),
+        ("skewed", "asymmetric or grouped weights beside"),
         ("channels", "activations per channel"),
         ("gone", "does not import: ModuleNotFoundError"),
     ],
@@ -125,6 +127,19 @@ def test_a_broken_strategy_is_named_with_its_distribution(site, name, what):
         get_strategy(name)
     assert caught.value.where.startswith("mine 1.0, entry point 'mine_")
     assert caught.value.fix
+
+
+def test_weights_alone_from_elsewhere_are_refused_where_a_layer_cannot_have_them(site, tmp_path):
+    site()
+    for able, row in ((False, 16), (True, 0), (True, 12), (True, 16)):
+        found = ModelLayers((LayerInfo("fc/Linear", "Linear", weight_only=able, row=row),))
+        file = config.write(tmp_path / "config.json", found)
+        file.write_text(file.read_text().replace('"float"', '"alone"'))
+        if row == 16 and able:
+            assert config.check(config.read(file), found).quantized["fc/Linear"].strategy.weight.group == 8
+        else:
+            with pytest.raises(StrategyError, match=r"'alone', which (leaves|has|gives)"):
+                config.check(config.read(file), found)
 
 
 def test_a_broken_range_method_is_named(site):

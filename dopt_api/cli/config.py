@@ -22,6 +22,14 @@ FILE = click.Path(path_type=Path)
 MODEL = "package.module:function that returns the float model (or session)."
 
 
+EXAMPLES = """\b
+Examples:
+  dopt config set config.json --strategy Quant_INT8-8
+  dopt config set config.json --strategy float --layer '*classifier*'
+  dopt config set config.json --range mse --op-type '*Conv2d*' --dry-run
+"""
+
+
 @click.group("config")
 def command() -> None:
     """Write, show, edit, check and compare strategy files."""
@@ -56,7 +64,7 @@ def show(file: Path, as_json: bool) -> None:
     click.echo(f"\n{len(layers)} layers: {_counted(layers)}")
 
 
-@command.command("set")
+@command.command("set", epilog=EXAMPLES)
 @click.argument("file", type=FILE)
 @click.option("--strategy", metavar="NAME", help="The strategy to give, or float.")
 @click.option("--range", "range_method", metavar="NAME", help="The range method to give.")
@@ -77,13 +85,7 @@ def set_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    r"""Give layers of FILE another strategy or range: those whose name and kind match, by default all.
-
-    \b
-    dopt config set config.json --strategy Quant_INT8-8
-    dopt config set config.json --strategy float --layer '*classifier*'
-    dopt config set config.json --range mse --op-type '*Conv2d*' --dry-run
-    """
+    """Give layers of FILE another strategy or range: those whose name and kind match, by default all."""
     from dopt_api.config import assign  # noqa: PLC0415  # help does not need it
 
     if strategy is None and range_method is None:

@@ -73,8 +73,7 @@ def _row(layer: LayerParams) -> tuple[object, ...]:
         layer.name,
         layer.strategy,
         layer.input.dtype,
-        f"{layer.input.scale[0]:.6g}",
-        layer.input.zero_point[0],
+        *((f"{layer.input.scale[0]:.6g}", layer.input.zero_point[0]) if layer.input.quantized else ("", "")),
         layer.weight.dtype,
         len(scales),
         f"{min(scales):.6g}",
@@ -102,7 +101,7 @@ def _difference(one: LayerParams | None, other: LayerParams | None) -> dict[str,
 
 
 def _change(one: tuple[float, ...], other: tuple[float, ...]) -> float | None:
-    if len(one) != len(other):
+    if len(one) != len(other) or not one:
         return None
     return max(abs(after - before) / before for before, after in zip(one, other, strict=True))
 

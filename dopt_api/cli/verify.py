@@ -51,6 +51,11 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
         click.echo(f"\noutputs against float: {found.sqnr_db:.2f} dB, cosine {found.cosine:.5f}")
         click.echo(f"with all optimizations: {found.optimized_db:.2f} dB; against without: {found.kernels_db:.2f} dB")
         click.echo("kernels: " + ", ".join(f"{count} {kind}" for kind, count in found.kernels.items()))
+        if "MatMulNBits" in found.kernels:
+            click.echo(
+                "\nMatMulNBits quantizes float inputs to 8 bits. To keep them float, as simulated, set\n"
+                "the session's option session.qdq_matmulnbits_accuracy_level to 1."
+            )
         if any(layer.hazard for layer in found.layers):
             click.echo(
                 "\nhazard: on processors with AVX2 and without VNNI, sums of two products can overflow 16 bits in the\n"

@@ -50,8 +50,16 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
 
 
 def _tensors(layer: LayerParams) -> Iterator[tuple[str, TensorParams]]:
-    yield layer.input.tensor, layer.input
-    yield from ((edge, layer.input) for _, edge in layer.other_calls)
+    if layer.weight.group is not None:
+        raise FormatError(
+            "The format 'aimet_encodings' is written for whole channels",
+            where=f"layer {layer.name!r}",
+            expected="a strategy without groups",
+            fix="Set 'quant_strategy' to 'Quant_FLOAT-4', or use another format.",
+        )
+    if layer.input.quantized:
+        yield layer.input.tensor, layer.input
+        yield from ((edge, layer.input) for _, edge in layer.other_calls)
     yield layer.weight.tensor, layer.weight
 
 

@@ -31,11 +31,11 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
 
 
 def _records(layer: LayerParams) -> Iterator[str]:
-    if layer.input.bits != 8 or layer.weight.bits > 8:
+    if layer.input.bits != 8 or layer.weight.bits > 8 or layer.weight.group is not None or any(layer.weight.zero_point):
         raise FormatError(
-            f"The format 'amct_record' has no activations of {layer.input.bits}, weights of {layer.weight.bits} bits",
+            f"The format 'amct_record' cannot express the strategy {layer.strategy!r}",
             where=f"layer {layer.name!r}",
-            expected="activations of 8 bits and weights of 8 or fewer",
+            expected="activations of 8 bits and symmetric weights per channel of 8 bits or fewer",
             fix="Use the strategy 'Quant_INT8-8', 'Quant_INT8-7' or 'Quant_INT8-4'.",
         )
     for node in (layer.node, *(other for other, _ in layer.other_calls)):

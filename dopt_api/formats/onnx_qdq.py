@@ -95,7 +95,7 @@ class _Graph:
     content: Any
     file: Path
     pairs: dict[str, list[Any]] = field(default_factory=dict)  # behind which edge they stand
-    decoders: dict[str, tuple[Any, list[Any], TensorProto]] = field(default_factory=dict)  # by the initializer's name
+    decoders: dict[str, tuple[list[Any], list[Any], TensorProto]] = field(default_factory=dict)  # by the initializer
     domains: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -111,22 +111,26 @@ class _Graph:
             if node is None or edge not in node.input:
                 what = "node" if node is None else f"input {edge!r} of the node"
                 raise self._foreign(layer, f"there is no {what} {node_name!r}")
+            if not layer.input.quantized:
+                continue
             place = list(node.input).index(edge)
             node.input[place] = self._pair(self._without_padding(node, edge), layer.input)
 
     def store(self, layer: LayerParams) -> None:
         """Store a layer's weight and bias as integers."""
         weight = layer.weight
-        kind = np.dtype(np.int8 if weight.bits <= 8 else np.int16)
-        self._decode(layer, weight.tensor, weight.scale, kind, weight.axis)
+        kind = np.dtype(f"{weight.dtype.rstrip('0123456789')}{8 if weight.bits <= 8 else 16}")
+        self._decode(layer, weight, kind)
         if layer.bias is not None:
-            self._decode(layer, layer.bias.tensor, layer.bias.scale, np.dtype(np.int32), 0)
+            zeros = (0,) * len(layer.bias.scale)
+            bias = TensorParams(layer.bias.tensor, layer.bias.dtype, 32, layer.bias.scale, zeros, 0)
+            self._decode(layer, bias, np.dtype(np.int32))
 
     def finish(self) -> None:
         """Put the new nodes where they belong, and leave out those that nothing takes any more."""
         nodes = self._needed()
         del self.graph.node[:]
-        self.graph.node.extend(decoder for decoder, _, _ in self.decoders.values())
+        self.graph.node.extend(node for decoder, _, _ in self.decoders.values() for node in decoder)
         for tensor in self.graph.input:
             self.graph.node.extend(self.pairs.pop(tensor.name, []))
         for node in nodes:
@@ -233,16 +237,22 @@ class _Graph:
         )
         return edges[2]
 
-    def _decode(self, layer: LayerParams, name: str, scale: tuple[float, ...], kind: Any, axis: int | None) -> None:
-        """Store an initializer as integers, which a node of its own turns into what it was."""
+    def _decode(self, layer: LayerParams, part: TensorParams, kind: Any) -> None:
+        """Store an initializer as integers, which nodes of its own turn into what it was."""
+        name = part.tensor
         tensor = self.initializers.get(name)
         if tensor is None:
             raise self._foreign(layer, f"there is no initializer {name!r}")
-        values = numpy_helper.to_array(tensor)
-        if axis is not None and (values.ndim <= axis or values.shape[axis] != len(scale)):
-            raise self._foreign(layer, f"{name!r} has the shape {values.shape}, which does not fit {len(scale)} scales")
-        steps = np.asarray(scale, np.float32) if axis is not None else np.float32(scale[0])
-        integers = self._integers(layer, name, values, steps, kind, axis)
+        whole = numpy_helper.to_array(tensor)
+        values, axis = _rows(whole, part), part.axis if part.group is None else 0
+        if values is None or (axis is not None and (values.ndim <= axis or values.shape[axis] != len(part.scale))):
+            raise self._foreign(
+                layer, f"{name!r} has the shape {whole.shape}, which does not fit {len(part.scale)} scales"
+            )
+        steps, zero_points = np.asarray(part.scale, np.float32), np.asarray(part.zero_point, kind)
+        if axis is None:
+            steps, zero_points = steps[0], zero_points[0]
+        integers = self._integers(layer, part, values, steps, zero_points, axis)
         made = numpy_helper.from_array(integers, f"{name}/dopt/integers")
         if name in self.decoders:
             if self.decoders[name][2].raw_data == made.raw_data:
@@ -252,35 +262,68 @@ class _Graph:
                 where=f"layer {layer.name!r}",
                 fix="Give these layers one strategy.",
             )
-        step = numpy_helper.from_array(np.asarray(steps), f"{name}/dopt/scale")
-        constants = [made, step]
-        if kind != np.int32:  # older versions of ONNX Runtime want the zero points that say nothing
-            constants.append(numpy_helper.from_array(np.zeros(np.shape(steps), kind), f"{name}/dopt/zero_point"))
+        constants = [made, numpy_helper.from_array(np.asarray(steps), f"{name}/dopt/scale")]
+        if kind != np.int32:  # older versions of ONNX Runtime want zero points that say nothing, too
+            constants.append(numpy_helper.from_array(np.asarray(zero_points), f"{name}/dopt/zero_point"))
         options: dict[str, Any] = {} if axis is None else {"axis": axis}
-        domain = MICROSOFT if kind == np.int16 else ""
+        domain = MICROSOFT if kind.itemsize == 2 else ""
         if domain:
             self.domains.add(domain)
         given = [constant.name for constant in constants]
-        node = helper.make_node(
-            "DequantizeLinear", given, [name], name=f"{name}/dopt/dequantize", domain=domain, **options
-        )
-        self.decoders[name] = (node, constants, made)
+        made_rows = name if part.group is None else f"{name}/dopt/rows"
+        nodes = [
+            helper.make_node(
+                "DequantizeLinear", given, [made_rows], name=f"{name}/dopt/dequantize", domain=domain, **options
+            )
+        ]
+        if part.group is not None:
+            nodes += self._whole(part, made_rows, whole.shape, constants)
+        self.decoders[name] = (nodes, constants, made)
+
+    def _whole(self, part: TensorParams, rows: str, shape: tuple[int, ...], constants: list[Any]) -> list[Any]:
+        """Return nodes that make a weight of its groups, and add the constants that they need."""
+        name = part.tensor
+        channels_first = shape if part.axis == 0 else shape[::-1]
+        constants.append(numpy_helper.from_array(np.asarray(channels_first, np.int64), f"{name}/dopt/shape"))
+        edges = [rows, constants[-1].name]
+        if part.axis == 0:
+            return [helper.make_node("Reshape", edges, [name], name=f"{name}/dopt/reshape")]
+        between = f"{name}/dopt/channels_first"
+        return [
+            helper.make_node("Reshape", edges, [between], name=f"{name}/dopt/reshape"),
+            helper.make_node("Transpose", [between], [name], name=f"{name}/dopt/transpose", perm=[1, 0]),
+        ]
 
     def _integers(
-        self, layer: LayerParams, name: str, values: NDArray[Any], steps: Any, kind: Any, axis: int | None
+        self,
+        layer: LayerParams,
+        part: TensorParams,
+        values: NDArray[Any],
+        steps: Any,
+        zero_points: Any,
+        axis: int | None,
     ) -> NDArray[Any]:
         shape = [1] * values.ndim
         if axis is not None:
             shape[axis] = -1
-        ratio = values.astype(np.float64) / np.asarray(steps, np.float64).reshape(shape if axis is not None else ())
+        wide_steps, shift = (
+            np.asarray(one, np.float64).reshape(shape if axis is not None else ()) for one in (steps, zero_points)
+        )
+        ratio = values.astype(np.float64) / wide_steps
         rounded = np.rint(ratio)
-        bound = (1 << (layer.weight.bits - 1)) - 1
-        if kind != np.int32 and not (
-            (np.abs(ratio - rounded) <= OFF_GRID).all() and np.abs(rounded).max(initial=0) <= bound
-        ):
-            raise self._foreign(layer, f"the values of {name!r} are not on the layer's grid")
-        limits = np.iinfo(kind)
-        return np.clip(rounded, limits.min, limits.max).astype(kind)
+        signed = part.dtype.startswith("int")
+        least, greatest = (
+            ((1 << (part.bits - 1)) * -1, (1 << (part.bits - 1)) - 1) if signed else (0, (1 << part.bits) - 1)
+        )
+        if zero_points.dtype != np.int32:
+            if not any(part.zero_point):
+                least = max(least, -greatest)  # symmetric
+            found = rounded + shift
+            on_grid = (np.abs(ratio - rounded) <= OFF_GRID).all()
+            if not (on_grid and found.min(initial=least) >= least and found.max(initial=greatest) <= greatest):
+                raise self._foreign(layer, f"the values of {part.tensor!r} are not on the layer's grid")
+        limits = np.iinfo(zero_points.dtype)
+        return np.clip(rounded + shift, limits.min, limits.max).astype(zero_points.dtype)
 
     def _foreign(self, layer: LayerParams, what: str) -> ParamsError:
         return ParamsError(
@@ -294,3 +337,15 @@ class _Graph:
 def _attribute(node: Any, name: str, default: Any) -> Any:
     """Return the value of a node's attribute."""
     return next((helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+
+
+def _rows(values: NDArray[Any], part: TensorParams) -> NDArray[Any] | None:
+    """Return a tensor with a scale for each index of its axis: as it is, or one row for each group of weights.
+
+    ``None`` if its groups do not fit it.
+    """
+    if part.group is None:
+        return values
+    if values.ndim != 2 or part.axis not in (0, 1) or values.shape[1 - part.axis] % part.group:
+        return None
+    return np.moveaxis(values, part.axis, 0).reshape(-1, part.group)

@@ -37,6 +37,9 @@ __all__ = [
 FORMAT = "dopt.quant_params"
 VERSION = 1
 
+FLOAT_INPUT: tuple[str, int, tuple[float, ...], tuple[int, ...], None] = ("float32", 32, (), (), None)
+"""Type, bits, scale, zero point and axis of an input that is not quantized."""
+
 TOO_SMALL, TOO_LARGE = 2.0**-150, 2.0**128 - 2.0**103
 """The numbers between these two, exclusive, round to a positive finite float32."""
 
@@ -47,11 +50,13 @@ class TensorParams:
 
     Attributes:
         tensor: Name of an initializer or an edge of the graph.
-        dtype: ``uint8``, ``int8`` ...
-        bits: Width of the integers.
-        scale: Float32 values as Python floats: one, or one per channel of ``axis``.
+        dtype: ``uint8``, ``int8`` ...; ``float32`` of an input that is not quantized.
+        bits: Width of the integers, or 32 of such an input.
+        scale: Float32 values as Python floats: one, or one per channel of ``axis``, or one for each group of weights,
+            those of a channel one after the other; none of such an input.
         zero_point: As many integers.
         axis: The channel axis of the tensor as it stands in the graph, or ``None``.
+        group: How many weights of a channel, one after the other, share a scale; all of them if ``None``.
     """
 
     tensor: str
@@ -60,6 +65,12 @@ class TensorParams:
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
     axis: int | None
+    group: int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is quantized at all."""
+        return bool(self.scale)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,9 @@ def layer_params(
         node=node,
         op_type=layer.plan.op_type,
         strategy=layer.plan.strategy.name,
-        input=TensorParams(
+        input=TensorParams(edge, *FLOAT_INPUT)
+        if activation is None or layer.input_scale is None
+        else TensorParams(
             edge, activation.dtype, activation.bits, _floats(layer.input_scale), (layer.input_zero_point,), None
         ),
         weight=TensorParams(
@@ -136,8 +149,9 @@ def layer_params(
             weight.dtype,
             weight.bits,
             _floats(layer.weight_scale),
-            (0,) * layer.weight_scale.size,
+            tuple(layer.weight_zero_point.ravel().tolist()),
             weight_axis if weight.per_channel else None,
+            weight.group,
         ),
         bias=None
         if bias_tensor is None or layer.bias_scale is None
@@ -159,6 +173,9 @@ def render_params(params: QuantParams) -> str:
         entry = asdict(layer)
         if not entry["other_calls"]:
             del entry["other_calls"]
+        for role in ("input", "weight"):
+            if entry[role]["group"] is None:
+                del entry[role]["group"]
         body = ",\n".join(f"   {_json(key)}: {_json(value)}" for key, value in entry.items())
         lines += ["  {", body, "  }" if number + 1 == len(params.layers) else "  },"]
     return "\n".join([*lines, " ]", "}"]) + "\n"
@@ -209,11 +226,22 @@ def _read_layer(entry: _Reader) -> LayerParams:
         node=entry.text("node"),
         op_type=entry.text("op_type"),
         strategy=entry.text("strategy"),
-        input=_read_tensor(entry.child("input")),
+        input=_read_input(entry.child("input")),
         weight=_read_tensor(entry.child("weight")),
         bias=None if entry.is_null("bias") else _read_bias(entry.child("bias")),
         other_calls=entry.pairs("other_calls") if "other_calls" in entry.content else (),
     )
+
+
+def _read_input(entry: _Reader) -> TensorParams:
+    if entry.content.get("dtype") != FLOAT_INPUT[0]:
+        return _read_tensor(entry)
+    entry.only(TensorParams)
+    for key, wanted in zip(("bits", "scale", "zero_point", "axis"), FLOAT_INPUT[1:], strict=True):
+        value = list(wanted) if isinstance(wanted, tuple) else wanted
+        if key not in entry.content or entry.content[key] != value:
+            entry.refuse(key, f"{json.dumps(value)}, as the input is float")
+    return TensorParams(entry.text("tensor"), *FLOAT_INPUT)
 
 
 def _read_tensor(entry: _Reader) -> TensorParams:
@@ -226,7 +254,12 @@ def _read_tensor(entry: _Reader) -> TensorParams:
     if not 2 <= entry.integer("bits") <= 16:
         entry.refuse("bits", "2 to 16")
     axis = None if entry.is_null("axis") else entry.integer("axis")
-    return TensorParams(entry.text("tensor"), entry.text("dtype"), entry.integer("bits"), scale, zero_point, axis)
+    group = entry.integer("group") if "group" in entry.content else None
+    if group is not None and (group < 1 or axis is None):
+        entry.refuse("group", "a positive number, of a tensor with an axis")
+    return TensorParams(
+        entry.text("tensor"), entry.text("dtype"), entry.integer("bits"), scale, zero_point, axis, group
+    )
 
 
 def _read_bias(entry: _Reader) -> BiasParams:

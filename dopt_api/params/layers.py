@@ -12,8 +12,8 @@ from dopt_api.errors import NumbersError
 from dopt_api.quantizer.affine import (
     SMALLEST_SCALE,
     as_float32,
-    channel_maximum,
     dequantize,
+    extremes,
     quantize,
     scale_zero_point,
 )
@@ -53,12 +53,15 @@ class QuantizedLayer:
     Attributes:
         plan: Its name, kind and strategy.
         integers: The weight on its grid, int32, the shape of the weight.
-        weight: The same as float32, exactly ``integers * weight_scale``.
+        weight: The same as float32, exactly ``(integers - weight_zero_point) * weight_scale``.
         bias: Folded bias, float32 ``[C]``, or ``None``.
-        input_scale: Scale of the input.
+        input_scale: Scale of the input, or ``None`` where the strategy leaves it float.
         input_zero_point: Zero point of the input.
-        weight_scale: Float32, one per channel of ``axis``.
-        bias_scale: ``input_scale * weight_scale`` in float32 for each output channel, or ``None``.
+        weight_scale: Float32, one per channel of ``axis``; where weights are grouped, ``[C * groups]``, those of a
+            channel one after the other.
+        weight_zero_point: Int32, as many; all 0 where weights are symmetric.
+        bias_scale: ``input_scale * weight_scale`` in float32 for each output channel; ``None`` without a bias, and
+            where the input is float.
         axis: The axis of the weight with the output channels.
     """
 
@@ -66,9 +69,10 @@ class QuantizedLayer:
     integers: NDArray[np.int32]
     weight: Float32
     bias: Float32 | None
-    input_scale: np.float32
+    input_scale: np.float32 | None
     input_zero_point: int
     weight_scale: Float32
+    weight_zero_point: NDArray[np.int32]
     bias_scale: Float32 | None
     axis: int
 
@@ -83,8 +87,8 @@ def fold(layer: FloatLayer) -> tuple[Float32, Float32 | None]:
 def quantize_layer(
     layer: FloatLayer,
     plan: LayerPlan,
-    input_scale: np.float32,
-    input_zero_point: int,
+    input_scale: np.float32 | None,
+    input_zero_point: int = 0,
     weight_gain: ArrayLike = 0.0,
 ) -> QuantizedLayer:
     """Fold and quantize one layer.
@@ -96,9 +100,9 @@ def quantize_layer(
     Args:
         layer: The float layer.
         plan: Its name and strategy.
-        input_scale: Scale of the input.
+        input_scale: Scale of the input; not looked at where the strategy leaves it float.
         input_zero_point: Zero point of the input.
-        weight_gain: Learned gains ``[C]`` on the scales that the folded weight's extremes give.
+        weight_gain: Learned gains, one per scale, on the scales that the folded weight's extremes give.
 
     Raises:
         NumbersError: The weight or bias has NaN, infinity or values too large for a scale, or a scale is not positive
@@ -114,11 +118,10 @@ def quantize_layer(
                 fix="Check the checkpoint: the training has diverged, or a running variance is negative.",
             )
     grid = plan.strategy.weight
-    axis = layer.axis if grid.per_channel else None
-    _check_scale("input", input_scale, plan)
-    extreme = channel_maximum(weight, axis)
+    rows, axis = _rows(weight, layer, plan)
+    low, high = extremes(rows, axis)
     try:
-        derived, _ = scale_zero_point(-extreme, extreme, grid)
+        derived, zero_point = scale_zero_point(low, high, grid)
     except NumbersError as error:
         raise NumbersError(
             f"The weight of layer {plan.name!r} cannot be quantized: {error.what}",
@@ -128,23 +131,47 @@ def quantize_layer(
         ) from error
     scale, bias_scale = learned_scale(derived, weight_gain), None
     _check_scale("weight", scale, plan)
-    if bias is not None:
+    if plan.strategy.activation is None:
+        input_scale = None
+    else:
+        _check_scale("input", np.float32(np.nan) if input_scale is None else input_scale, plan)
+    if bias is not None and input_scale is not None:
         scale = _raised(scale, bias, float(input_scale))
         with np.errstate(over="ignore"):
             bias_scale = np.tile(np.float32(input_scale) * scale, bias.size // scale.size)
         _check_scale("bias", bias_scale, plan)
-    integers = quantize(weight, scale, 0, grid, axis=axis)
+    integers = quantize(rows, scale, zero_point, grid, axis=axis)
     return QuantizedLayer(
         plan=plan,
-        integers=integers,
-        weight=dequantize(integers, scale, 0, axis=axis),
+        integers=integers.reshape(weight.shape),
+        weight=dequantize(integers, scale, zero_point, axis=axis).reshape(weight.shape),
         bias=bias,
-        input_scale=np.float32(input_scale),
+        input_scale=None if input_scale is None else np.float32(input_scale),
         input_zero_point=int(input_zero_point),
         weight_scale=scale,
+        weight_zero_point=zero_point,
         bias_scale=bias_scale,
         axis=layer.axis,
     )
+
+
+def _rows(weight: Float32, layer: FloatLayer, plan: LayerPlan) -> tuple[Float32, int | None]:
+    """Return the weight with one scale for each index of an axis, and the axis; ``None`` with one scale for all.
+
+    Raises:
+        NumbersError: The groups of the grid do not divide the weight.
+    """
+    grid = plan.strategy.weight
+    if grid.group is None:
+        return weight, layer.axis if grid.per_channel else None
+    if weight.ndim != 2 or layer.axis != 0 or weight.shape[1] % grid.group:
+        raise NumbersError(
+            f"The weight of layer {plan.name!r}, {list(weight.shape)}, has no groups of {grid.group}",
+            where=f"layer {plan.name!r}",
+            expected=f"[outputs, inputs], with a number of inputs that {grid.group} divides",
+            fix="Set 'quant_strategy' to one without groups.",
+        )
+    return weight.reshape(-1, grid.group), 0
 
 
 def _raised(scale: Float32, bias: Float32, input_scale: float) -> Float32:

@@ -23,6 +23,7 @@ __all__ = [
     "broadcast",
     "channel_maximum",
     "dequantize",
+    "extremes",
     "fake_quantize",
     "quantize",
     "scale_zero_point",
@@ -141,6 +142,20 @@ def fake_quantize(
     return dequantize(quantize(x, scale, zero_point, grid, axis=axis), scale, zero_point, axis=axis)
 
 
+def extremes(weight: ArrayLike, axis: int | None) -> tuple[Float32, Float32]:
+    """Return the least and the greatest value of each channel, ``[C]`` (or ``[]`` without an axis), float32; 0 of none.
+
+    Example:
+        >>> [part.tolist() for part in extremes([[1.0, -2.0], [0.5, 0.0]], axis=0)]
+        [[-2.0, 0.0], [1.0, 0.5]]
+    """
+    data = np.asarray(weight, np.float32)
+    others = None if axis is None else tuple(i for i in range(data.ndim) if i != axis % data.ndim)
+    low, high = data.min(axis=others, initial=np.inf), data.max(axis=others, initial=-np.inf)
+    empty = low > high
+    return np.where(empty, np.float32(0.0), low), np.where(empty, np.float32(0.0), high)
+
+
 def channel_maximum(weight: ArrayLike, axis: int | None) -> Float32:
     """Return the greatest magnitude of each channel, shape ``[C]`` (or ``[]`` without an axis), float32.
 
@@ -148,9 +163,8 @@ def channel_maximum(weight: ArrayLike, axis: int | None) -> Float32:
         >>> channel_maximum([[1.0, -2.0], [0.5, 0.0]], axis=0).tolist()
         [2.0, 0.5]
     """
-    data = np.abs(np.asarray(weight, np.float32))
-    others = None if axis is None else tuple(i for i in range(data.ndim) if i != axis % data.ndim)
-    return np.asarray(data.max(axis=others, initial=0.0), np.float32)
+    low, high = extremes(weight, axis)
+    return np.asarray(np.maximum(-low, high), np.float32)
 
 
 def as_float32(values: ArrayLike) -> Float32:

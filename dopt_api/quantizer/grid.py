@@ -17,6 +17,7 @@ class Grid:
         symmetric: Zero point fixed at the centre (0 if signed); the range is ``[-a, a]``.
         narrow: Leave out the lowest integer, so that the grid is symmetric about 0 (signed only).
         per_channel: One scale per output channel when true, else one per tensor.
+        group: How many weights of an output channel, one after the other, share a scale; all of them if ``None``.
 
     Example:
         >>> Grid(8, signed=True, symmetric=True, narrow=True, per_channel=True).qmin
@@ -30,6 +31,7 @@ class Grid:
     symmetric: bool = False
     narrow: bool = False
     per_channel: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
@@ -38,6 +40,8 @@ class Grid:
             raise ValueError("a symmetric grid must be signed")
         if self.narrow and not self.signed:
             raise ValueError("a narrow grid must be signed")
+        if self.group is not None and (self.group < 1 or not self.per_channel):
+            raise ValueError(f"group is {self.group}, expected a positive number, and scales per channel")
 
     @property
     def qmin(self) -> int:

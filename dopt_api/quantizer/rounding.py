@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dopt_api.errors import NumbersError
 from dopt_api.quantizer.grid import Grid
+from dopt_api.quantizer.training import gain_of
 
-__all__ = ["best_scale", "compensated_weight", "output_error", "round_weight"]
+__all__ = [
+    "Moments",
+    "RoundedLayer",
+    "Rounding",
+    "best_scale",
+    "compensated_weight",
+    "output_error",
+    "round_layer",
+    "round_weight",
+]
 
 BLOCK = 64
 """How many columns are rounded before the rest of the weight is told."""
@@ -18,6 +30,146 @@ SWEEPS = 3
 
 SHRINKS = np.arange(32, 9, -1) / 32
 """What :func:`best_scale` tries."""
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """What rounding did to one layer of a network.
+
+    Attributes:
+        name: The layer's name.
+        nearest: Mean squared difference, about its mean, of its output from the float network's with weights rounded to
+            nearest, less what no weight could mend; as a share of the output's variance.
+        rounded: The same as it is now; never more.
+        reason: Why the layer was left alone, or empty.
+    """
+
+    name: str
+    nearest: float = 0.0
+    rounded: float = 0.0
+    reason: str = ""
+
+
+class Moments:
+    """Sums over sampled positions of what a layer's weight is multiplied with, and of what should come out.
+
+    Attributes:
+        count: Number of positions.
+        first: Of the patches, ``[G, K]``: groups, and what each output channel sums over.
+        second: Of the products of patches, ``[G, K, K]``.
+        outputs: Of the float outputs, without bias, ``[G, O]``.
+        cross: Of the products of float outputs and patches, ``[G, O, K]``.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: NDArray[np.float64] = np.zeros((), np.float64)
+        self.second = self.outputs = self.cross = self.first
+
+    def add(self, patches: ArrayLike, outputs: ArrayLike) -> None:
+        """Take in patches ``[N, G, K]`` and the outputs ``[N, G, O]`` that the float network has in their places."""
+        columns = np.asarray(patches, np.float64).transpose(1, 0, 2)
+        rows = np.asarray(outputs, np.float64).transpose(1, 2, 0)
+        self.first = self.first + columns.sum(axis=1)
+        self.second = self.second + columns.transpose(0, 2, 1) @ columns
+        self.outputs = self.outputs + rows.sum(axis=2)
+        self.cross = self.cross + rows @ columns
+        self.count += columns.shape[1]
+
+    def mean(self) -> NDArray[np.float64]:
+        """Return that of the patches, ``[G, K]``."""
+        return self.first / self.count
+
+    def covariance(self) -> NDArray[np.float64]:
+        """Return the second moments of the patches about their mean, ``[G, K, K]``."""
+        mean = self.mean()
+        return self.second / self.count - mean[:, :, None] * mean[:, None, :]
+
+    def cross_covariance(self) -> NDArray[np.float64]:
+        """Return the moments of outputs and patches about their means, ``[G, O, K]``."""
+        return self.cross / self.count - (self.outputs / self.count)[:, :, None] * self.mean()[:, None, :]
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """What :func:`round_layer` found.
+
+    Attributes:
+        weight: The weight on its grid, not folded, ``[G, O, K]``.
+        gain: What makes the scales that the weight's extremes give those of its grid, ``[G * O]``; 0 for channels of
+            zeros. See :func:`dopt_api.quantizer.learned_scale`.
+        shift: What the bias has to add, before a normalization, so that the mean of the outputs is the float one's,
+            ``[G * O]``.
+        nearest: Mean squared difference, about its mean, of the outputs from the float ones with the weight rounded to
+            nearest, less what no weight could mend; as a share of the outputs' variance.
+        rounded: The same with :attr:`weight`; never more.
+    """
+
+    weight: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    nearest: float
+    rounded: float
+
+
+def round_layer(
+    weight: ArrayLike,
+    scale: ArrayLike,
+    moments: Moments,
+    grid: Grid,
+    *,
+    factor: ArrayLike = 1.0,
+    damping: float = 0.1,
+) -> Rounding:
+    """Round a layer so that it gives the float outputs on inputs as they are in the quantized network.
+
+    The weight that does so best (:func:`compensated_weight`) is put on scales and integers that do least to the output
+    (:func:`best_scale`, :func:`round_weight`), and what the mean of the output moves by is told (bias correction, Nagel
+    et al. 2019, "Data-free quantization through weight equalization and bias correction").
+
+    Args:
+        weight: Folded, ``[G, O, K]``.
+        scale: ``[G, O]``, of the folded weight: those that its extremes give, or learned ones.
+        moments: Of the layer's quantized inputs and its float outputs before a normalization.
+        grid: The integers; symmetric.
+        factor: By which folding multiplied the weight, not 0, of a shape that broadcasts to ``[G, O, 1]``.
+        damping: See :func:`round_weight`.
+
+    Raises:
+        NumbersError: A number is NaN or infinite, or a scale is not positive.
+
+    Example:
+        >>> moments = Moments()
+        >>> x = np.random.default_rng(0).standard_normal((50, 1, 3))
+        >>> w = np.array([[[0.4, -0.1, 2.0]]])
+        >>> moments.add(x, x @ w[0].T)
+        >>> found = round_layer(w, [[0.5]], moments, Grid(4, signed=True, symmetric=True, narrow=True))
+        >>> found.rounded <= found.nearest
+        True
+    """
+    w, s, f = (np.asarray(part, np.float64) for part in (weight, scale, factor))
+    covariance = moments.covariance()
+    wanted = compensated_weight(w, covariance, moments.cross_covariance() * f)
+    fitted = best_scale(wanted, s, covariance, grid)
+    integers: NDArray[np.float64] = round_weight(w, fitted, covariance, grid, wanted=wanted, damping=damping).astype(
+        np.float64
+    )
+    nearest = np.clip(np.rint(w / s[..., None]), grid.qmin, grid.qmax)
+    errors = [output_error(q * step[..., None] - wanted, covariance) for q, step in ((nearest, s), (integers, fitted))]
+    worse = errors[1] > errors[0]
+    integers = np.where(worse[..., None], nearest, integers)
+    found = integers * np.where(worse, s, fitted)[..., None] / f
+    mean = np.einsum("gok,gk->go", found, moments.mean())
+    variance = float(output_error(wanted, covariance).sum()) or 1.0
+    largest = np.abs(integers).max(axis=2, initial=0.0).reshape(-1)
+    ratio = (grid.qmax - grid.qmin) / (2 * np.where(largest > 0, largest, 1.0))
+    return Rounding(
+        weight=found,
+        gain=np.where(largest > 0, gain_of(ratio), 0.0),
+        shift=(moments.outputs / moments.count - mean).reshape(-1),
+        nearest=float(errors[0].sum()) / variance,
+        rounded=float(np.minimum(*errors).sum()) / variance,
+    )
 
 
 def round_weight(

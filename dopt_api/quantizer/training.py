@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from dopt_api.quantizer.affine import SMALLEST_SCALE, broadcast, fake_quantize
 from dopt_api.quantizer.grid import Grid
 
-__all__ = ["fake_quantize_gradients", "gain_gradient", "learned_scale", "relative_squared_error"]
+__all__ = ["fake_quantize_gradients", "gain_gradient", "gain_of", "learned_scale", "relative_squared_error"]
 
 
 def learned_scale(scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float32]:
@@ -46,6 +46,17 @@ def learned_scale(scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float32]:
     base, g, one = np.asarray(scale, np.float32), np.asarray(gain, np.float32), np.float32(1.0)
     multiplier = np.where(g < 0, one / (one - np.minimum(g, np.float32(0.0))), one + g)
     return np.asarray(np.maximum(base * multiplier, np.float32(SMALLEST_SCALE)), np.float32)
+
+
+def gain_of(ratio: ArrayLike) -> NDArray[np.float64]:
+    """Return the gain that makes :func:`learned_scale` multiply a scale by a positive ratio.
+
+    Example:
+        >>> gain_of([2.0, 1.0, 0.5]).tolist()
+        [1.0, 0.0, -1.0]
+    """
+    r = np.asarray(ratio, np.float64)
+    return np.where(r >= 1.0, r - 1.0, 1.0 - 1.0 / r)
 
 
 def gain_gradient(scale_gradient: ArrayLike, scale: ArrayLike, gain: ArrayLike) -> NDArray[np.float64]:

@@ -2,10 +2,12 @@
 
 import json
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from dopt_api.cli.group import dopt
+from dopt_api.strategy import STRATEGIES
 
 CONV, LINEAR = "<class 'torch.nn.modules.conv.Conv2d'>", "<class 'torch.nn.modules.linear.Linear'>"
 
@@ -142,3 +144,34 @@ def test_a_factory_that_is_none_is_said(file, factory, message):
         result = call(*command)
         assert result.exit_code == 1
         assert message in result.output
+
+
+def test_the_help_shows_examples_a_line_each():
+    shown = call("set", "--help").output
+    assert "\n  dopt config set config.json --strategy Quant_INT8-8\n" in shown.replace("\n    ", "\n  ")
+
+
+def commands(group, path=()):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield (*path, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands(dopt)), ids=" ".join)
+def test_every_help_is_text(path):
+    shown = CliRunner().invoke(dopt, [*path, "--help"])
+    assert shown.exit_code == 0
+    assert shown.output.startswith("Usage: ")
+    assert not {"\\b", "``", "\b"} & {shown.output[i : i + 2] for i in range(len(shown.output))}
+    assert "\b" not in shown.output
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_the_check_of_a_file_alone_takes_every_strategy(file, strategy):
+    file.write_text(file.read_text().replace('"quant_strategy": "float"', f'"quant_strategy": "{strategy}"'))
+    shown = call("check", file)
+    assert shown.exit_code == 0, shown.output
+    assert "3 of 3 layers are quantized" in shown.output

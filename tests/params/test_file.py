@@ -29,6 +29,7 @@ from dopt_api.params import (
     read_params,
     render_params,
 )
+from dopt_api.params.file import FLOAT_INPUT
 from dopt_api.quantizer import Grid
 from dopt_api.strategy import STRATEGIES, Strategy
 from dopt_api.types import LayerPlan
@@ -46,7 +47,8 @@ def tensors(draw: st.DrawFn) -> TensorParams:
     zero_point = draw(st.lists(st.integers(-32768, 65535), min_size=len(scale), max_size=len(scale)))
     bits = draw(st.integers(2, 16))
     axis = draw(st.none() | st.integers(-4, 4))
-    return TensorParams(draw(names), f"uint{bits}", bits, tuple(scale), tuple(zero_point), axis)
+    group = None if axis is None else draw(st.none() | st.integers(1, 64))
+    return TensorParams(draw(names), f"uint{bits}", bits, tuple(scale), tuple(zero_point), axis, group)
 
 
 layers = st.builds(
@@ -55,7 +57,7 @@ layers = st.builds(
     node=names,
     op_type=names,
     strategy=names,
-    input=tensors(),
+    input=tensors() | st.builds(TensorParams, names, *map(st.just, FLOAT_INPUT)),
     weight=tensors(),
     bias=st.none() | st.builds(BiasParams, names, st.just("int32"), st.lists(every_scale, min_size=1).map(tuple)),
     other_calls=st.lists(st.tuples(names, names), max_size=2).map(tuple),
@@ -69,7 +71,12 @@ def example() -> dict[str, Any]:
     layer = quantize_layer(FloatLayer(np.array([[1.0], [2.0]]), np.array([0.5, 0.25]), None, 0), plan, F32(0.1), 128)
     calls = [("/conv1/Conv", "x"), ("/conv1_1/Conv", "y")]
     entry = layer_params(layer, calls=calls, weight_tensor="conv1.weight", weight_axis=0, bias_tensor="conv1.bias")
-    return json.loads(render_params(QuantParams("model.onnx", (entry, entry))))
+    plan = LayerPlan("fc/Linear", "Linear", STRATEGIES["Quant_FLOAT-4A-G32"])
+    alone = quantize_layer(FloatLayer(np.linspace(-1, 2, 64)[None], np.array([0.5]), None, 0), plan, None)
+    grouped = layer_params(
+        alone, calls=[("/fc/Gemm", "z")], weight_tensor="fc.weight", weight_axis=0, bias_tensor="fc.bias"
+    )
+    return json.loads(render_params(QuantParams("model.onnx", (entry, grouped))))
 
 
 @pytest.fixture
@@ -103,12 +110,8 @@ def test_reading_what_was_written_gives_the_same_to_the_bit(params, tmp_path_fac
         for first, second in ((ours.input, theirs.input), (ours.weight, theirs.weight)):
             assert np.array(first.scale, F32).tobytes() == np.array(second.scale, F32).tobytes()
             assert first.zero_point == second.zero_point
-            assert (first.tensor, first.dtype, first.bits, first.axis) == (
-                second.tensor,
-                second.dtype,
-                second.bits,
-                second.axis,
-            )
+            for field in ("tensor", "dtype", "bits", "axis", "group", "quantized"):
+                assert getattr(first, field) == getattr(second, field)
         if ours.bias is not None:
             assert np.array(ours.bias.scale, F32).tobytes() == np.array(theirs.bias.scale, F32).tobytes()
         assert (ours.bias is None) == (theirs.bias is None)
@@ -308,7 +311,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 VALUES = [
     None, True, 0, 1, -1, 8, 8.0, 17, 2.5, 10**400, 1e-46, 1e-45, 3.4e38, 3.5e38, "", "x", "int8", "int32", [], {}, [1],
-    [0.5, 0.25], ["a", "b"], [["a", "b"]], [["a", 1]], {"tensor": "x"},
+    [0.5, 0.25], ["a", "b"], [["a", "b"]], [["a", 1]], {"tensor": "x"}, 32, "float32",
 ]  # fmt: skip
 
 

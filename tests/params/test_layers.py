@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from dopt_api.errors import NumbersError
 from dopt_api.params import FloatLayer, QuantizedLayer, fold, quantize_layer
-from dopt_api.quantizer import SMALLEST_SCALE, BatchNorm, Grid, learned_scale
+from dopt_api.quantizer import SMALLEST_SCALE, BatchNorm, Grid, learned_scale, scale_zero_point
 from dopt_api.quantizer.affine import LARGEST_END
 from dopt_api.strategy import STRATEGIES
 from dopt_api.types import LayerPlan
@@ -218,3 +218,53 @@ def test_float64_weights_beyond_float32_are_refused():
     layer = FloatLayer(np.array([[1e300]]), None, None, 0)
     with pytest.raises(NumbersError, match="The weight of layer"):
         quantize_layer(layer, PLAN, F32(1.0), 0)
+
+
+# ---- weights alone
+
+GROUPS = {name: LayerPlan("fc/Linear", "Linear", STRATEGIES[name]) for name in STRATEGIES if "-G32" in name}
+
+
+@given(
+    hnp.arrays(F32, st.tuples(st.integers(1, 4), st.sampled_from([32, 64])), elements=small),
+    st.sampled_from(sorted(GROUPS)),
+)
+def test_a_group_is_quantized_like_a_channel_of_its_own(weight, name):
+    layer = quantize_layer(layer_of(weight, np.ones(len(weight))), GROUPS[name], None)
+    groups = layer_of(weight.reshape(-1, 32))
+    alone = replace(GROUPS[name].strategy, weight=replace(GROUPS[name].strategy.weight, group=None))
+    rows = quantize_layer(groups, replace(GROUPS[name], strategy=alone), None)
+    assert layer.integers.shape == weight.shape
+    assert layer.weight.tobytes() == rows.weight.tobytes()
+    assert layer.weight_scale.tobytes() == rows.weight_scale.tobytes()
+    assert layer.weight_zero_point.tolist() == rows.weight_zero_point.tolist()
+
+
+@given(hnp.arrays(F32, (3, 32), elements=small))
+def test_asymmetric_weights_use_the_whole_grid_and_keep_zero(weight):
+    plan = GROUPS["Quant_FLOAT-4A-G32"]
+    layer = quantize_layer(layer_of(weight), plan, None)
+    scale, zero_point = scale_zero_point(weight.min(axis=1), weight.max(axis=1), plan.strategy.weight)
+    assert layer.weight_scale.tobytes() == scale.tobytes()
+    assert layer.weight_zero_point.tolist() == zero_point.tolist()
+    assert (layer.integers >= 0).all()
+    assert (layer.integers <= 15).all()
+    assert (layer.weight[weight == 0] == 0).all()
+    found = (layer.integers - zero_point[:, None]).astype(F32) * scale[:, None]
+    assert layer.weight.tobytes() == found.tobytes()
+
+
+def test_weights_alone_need_no_scale_of_the_input_and_leave_the_bias_float():
+    plan = LayerPlan("conv/Conv2D", "Conv2D", STRATEGIES["Quant_FLOAT-8"])
+    layer = quantize_layer(layer_of([[1e-30]], [1e30]), plan, None)
+    assert (layer.input_scale, layer.bias_scale) == (None, None)
+    assert layer.bias == [F32(1e30)]
+    assert layer.weight_scale == quantized([[1e-30]]).weight_scale  # nothing is raised for the bias
+    with pytest.raises(NumbersError, match="The input scale nan of layer"):
+        quantize_layer(layer_of([[1.0]]), PLAN, None)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 48), 0), ((64, 2), 1), ((2, 32, 1), 0)])
+def test_weights_without_such_groups_are_refused_by_name(shape, axis):
+    with pytest.raises(NumbersError, match=r"weight of layer 'fc/Linear', \[.*\], has no groups of 32"):
+        quantize_layer(layer_of(np.ones(shape), axis=axis), GROUPS["Quant_FLOAT-4-G32"], None)

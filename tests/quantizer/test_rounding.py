@@ -6,8 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dopt_api.errors import NumbersError
-from dopt_api.quantizer import Grid
-from dopt_api.quantizer.rounding import BLOCK, SHRINKS, best_scale, compensated_weight, output_error, round_weight
+from dopt_api.quantizer import Grid, learned_scale, scale_zero_point
+from dopt_api.quantizer.rounding import (
+    BLOCK,
+    SHRINKS,
+    Moments,
+    best_scale,
+    compensated_weight,
+    output_error,
+    round_layer,
+    round_weight,
+)
+from dopt_api.quantizer.training import gain_of
 
 NARROW = Grid(4, signed=True, symmetric=True, narrow=True)
 
@@ -145,3 +155,57 @@ def test_compensation_finds_the_weight_that_gave_the_outputs():
     np.testing.assert_allclose(compensated_weight(true, moments, cross, ridge=1e9), true, rtol=1e-6)
     unchanged = compensated_weight(true, moments, true @ moments)
     np.testing.assert_allclose(unchanged, true, rtol=1e-10)
+
+
+@st.composite
+def layers(draw):
+    """Draw a layer: weight, scales, what folding multiplied it by, quantized inputs and float outputs."""
+    groups, outputs, columns = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    factor = generator.uniform(0.5, 2.0, (groups, outputs, 1)) * generator.choice([-1, 1], (groups, outputs, 1))
+    weight = generator.standard_normal((groups, outputs, columns)) * factor
+    weight[generator.random(weight.shape[:2]) < 0.1] = 0.0
+    x = generator.standard_normal((draw(st.integers(2, 40)), groups, columns)) + 1.0
+    seen = np.rint(4 * x) / 4
+    made = np.einsum("ngk,gok->ngo", x, weight / factor)
+    largest = np.abs(weight).max(axis=2)
+    scale = np.where(largest > 0, largest, 1.0) / NARROW.qmax
+    return weight, scale, factor, seen, made
+
+
+@given(layers(), st.integers(0, 40))
+def test_moments_of_parts_are_those_of_the_whole(layer, cut):
+    *_, seen, made = layer
+    whole, parts = Moments(), Moments()
+    whole.add(seen, made)
+    for part in (slice(cut), slice(cut, None)):
+        parts.add(seen[part], made[part])
+    assert parts.count == whole.count == len(seen)
+    for name in ("mean", "covariance", "cross_covariance"):
+        np.testing.assert_allclose(getattr(parts, name)(), getattr(whole, name)(), atol=1e-9)
+    flat = seen[:, 0] - seen[:, 0].mean(axis=0)
+    np.testing.assert_allclose(whole.covariance()[0], flat.T @ flat / len(seen), atol=1e-9)
+    cross = (made[:, 0] - made[:, 0].mean(axis=0)).T @ flat / len(seen)
+    np.testing.assert_allclose(whole.cross_covariance()[0], cross, atol=1e-9)
+
+
+@given(layers())
+def test_a_rounded_layer_is_no_worse_lies_on_its_grid_and_keeps_its_mean(layer):
+    weight, scale, factor, seen, made = layer
+    moments = Moments()
+    moments.add(seen, made)
+    found = round_layer(weight, scale, moments, NARROW, factor=factor)
+    assert 0 <= found.rounded <= found.nearest
+    folded = (found.weight * factor).reshape(-1, weight.shape[2])
+    extreme = np.abs(folded).max(axis=1)
+    derived, _ = scale_zero_point(-extreme, extreme, NARROW)
+    steps = folded / learned_scale(derived, found.gain)[:, None]
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
+    assert np.abs(steps).max() < NARROW.qmax + 0.5
+    outputs = np.einsum("ngk,gok->ngo", seen, found.weight).reshape(len(seen), -1) + found.shift
+    np.testing.assert_allclose(outputs.mean(axis=0), made.reshape(len(made), -1).mean(axis=0), atol=1e-9)
+
+
+@given(st.floats(1e-6, 1e6))
+def test_a_gain_is_the_inverse_of_what_a_scale_does_with_it(ratio):
+    assert float(learned_scale(1.0, gain_of(ratio))) == pytest.approx(ratio, rel=1e-5)

@@ -1,4 +1,4 @@
-"""A chain of convolutions in ONNX with its parameter file, as an export writes them, and what it computes."""
+"""Small networks in ONNX with their parameter files, as an export writes them, and what they compute."""
 
 import json
 
@@ -7,9 +7,19 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from dopt_api.params import BiasParams, LayerParams, QuantParams, TensorParams, render_params
+from dopt_api.params import (
+    BiasParams,
+    FloatLayer,
+    LayerParams,
+    QuantParams,
+    TensorParams,
+    layer_params,
+    quantize_layer,
+    render_params,
+)
 from dopt_api.quantizer import dequantize
 from dopt_api.strategy import get_strategy
+from dopt_api.types import LayerPlan
 
 CONV = "Conv"
 
@@ -58,6 +68,26 @@ def network(folder, strategies=("Quant_INT8-8", "Quant_INT8-8"), seed=0, bias=Tr
     return facts
 
 
+def linear(folder, strategy, transposed, seed=0):
+    """Write a linear layer of 64 inputs by a strategy of weights alone, and return its weight on the grid and bias."""
+    generator = np.random.default_rng(seed)
+    plan = LayerPlan("fc", "Linear", get_strategy(strategy))
+    weight, bias = generator.standard_normal((6, 64)), generator.standard_normal(6)
+    layer = quantize_layer(FloatLayer(weight, bias, None, 0), plan, None)
+    entry = layer_params(
+        layer, calls=[("fc", "x")], weight_tensor="w", weight_axis=int(not transposed), bias_tensor="b"
+    )
+    stored = layer.weight if transposed else layer.weight.T
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(stored), "w"), numpy_helper.from_array(layer.bias, "b")]
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="fc", transB=int(transposed))
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, n]) for name, n in (("x", 64), ("y", 6))]
+    graph = helper.make_graph([node], "g", shapes[:1], shapes[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    onnx.save(model, str(folder / "model.onnx"))
+    (folder / "quant_params.json").write_text(render_params(QuantParams("model.onnx", (entry,))))
+    return layer
+
+
 def convolve(x, weight, bias):
     """Float64 convolution, exact for what is on grids of so few steps."""
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -78,5 +108,6 @@ def run(file, x, optimized=False):
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # or weights alone are not alone
     session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: x})[0]
