@@ -8,7 +8,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
-from quantized_chain import convolve, edit, network, run
+from quantized_chain import convolve, edit, linear, network, run
 
 import dopt_api.verify as verify_module
 from dopt_api.cli.group import dopt
@@ -154,3 +154,18 @@ def test_every_kernel_that_multiplies_is_counted():
     nodes = [onnx.helper.make_node(kind, ["x"], ["y"]) for kind in [*kinds, "Conv"]]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
     assert verify_module._multiplying(model) == {**dict.fromkeys(kinds[:-1], 1), "Conv": 2}
+
+
+def test_kernels_that_quantize_float_inputs_are_named(tmp_path):
+    linear(tmp_path, "Quant_FLOAT-8", transposed=False)
+    x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x)
+    found = verify(tmp_path / "quant_params.json", [{"x": x}])
+    (layer,) = found.layers
+    assert (layer.clipped, layer.hazard, layer.off) == (0.0, 0.0, None)
+    assert found.sqnr_db > 100
+    assert sum(found.kernels.values()) == 1
+    shown = call(tmp_path, "--data", tmp_path / "data.npz").output
+    approximate = "MatMulNBits" in found.kernels  # versions of ONNX Runtime differ
+    assert ("quantizes float inputs" in shown) == approximate
+    assert (found.kernels_db < 60) == approximate

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from quantized_chain import convolve, edit, network, run
+from quantized_chain import convolve, edit, linear, network, run
 
 from dopt_api.errors import DoptError, ExtensionError, FormatError, OutputError, ParamsError
 from dopt_api.formats import convert, format_names, get_format
 from dopt_api.formats.writers import FORMATS
 from dopt_api.params import QuantParams, render_params
 from dopt_api.quantizer import fake_quantize
+from dopt_api.strategy import INTEGER_STRATEGIES, STRATEGIES
 
 
 @given(
@@ -207,3 +208,34 @@ def test_another_distribution_adds_a_format(tmp_path, monkeypatch):
     assert file.read_text() == "model.onnx layer0 layer1"
     with pytest.raises(ExtensionError, match="'number' is 3"):
         convert(tmp_path / "quant_params.json", "number", tmp_path)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in INTEGER_STRATEGIES])
+def test_weights_alone_are_stored_as_integers_and_computed_as_they_were(tmp_path, strategy, transposed):
+    layer = linear(tmp_path, strategy, transposed)
+    (file,) = convert(tmp_path / "quant_params.json", "onnx_qdq", tmp_path)
+    content = onnx.load(str(file)).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in content.initializer}
+    wanted = layer.integers if transposed or layer.plan.strategy.weight.group else layer.integers.T
+    assert stored["w/dopt/integers"].reshape(wanted.shape).tolist() == wanted.tolist()
+    assert stored["w/dopt/integers"].dtype == (np.int8 if layer.plan.strategy.weight.symmetric else np.uint8)
+    assert "QuantizeLinear" not in {node.op_type for node in content.node}
+    assert stored["b"].tobytes() == layer.bias.tobytes()
+    x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    for optimized in (False, True):
+        np.testing.assert_allclose(run(file, x, optimized), x @ layer.weight.T + layer.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_that_are_not_those_of_the_model_are_refused(tmp_path):
+    linear(tmp_path, "Quant_FLOAT-4A-G32", True)
+    for change in (
+        lambda layer: layer["weight"].update(group=24),
+        lambda layer: layer["weight"].update(group=64),
+        lambda layer: layer["weight"]["zero_point"].__setitem__(0, 3 + layer["weight"]["zero_point"][0]),
+    ):
+        text = (tmp_path / "quant_params.json").read_text()
+        edit(tmp_path, change)
+        with pytest.raises(ParamsError, match=r"does not fit 12 scales|not on the layer's grid"):
+            convert(tmp_path / "quant_params.json", "onnx_qdq", tmp_path)
+        (tmp_path / "quant_params.json").write_text(text)
