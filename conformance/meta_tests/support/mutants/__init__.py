@@ -11,6 +11,7 @@ from mutants import (
     layers,
     statistics,
     weight_scales,
+    weights_alone,
 )
 from mutants.mutant import MUTANTS, Mutant
 
@@ -27,4 +28,5 @@ __all__ = [
     "layers",
     "statistics",
     "weight_scales",
+    "weights_alone",
 ]

@@ -15,7 +15,11 @@ def deployments(way, main):
     """The model deployed by each of the strategies that all its layers can have, with the strategy."""
     content = way.read(way.float_config(main))
     lists = [content[HEADER.format(entry["op_type"])] for entry in content["layer_strategy"].values()]
-    shared = [strategy for name, strategy in STRATEGIES.items() if all(name in one for one in lists)]
+    shared = [
+        strategy
+        for name, strategy in STRATEGIES.items()
+        if strategy.activation is not None and all(name in one for one in lists)
+    ]
     return [(way.deploy(main, strategy.name), strategy) for strategy in shared]
 
 

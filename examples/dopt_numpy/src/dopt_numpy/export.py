@@ -105,7 +105,7 @@ def _quantize(deployed: QuantizedNetwork, plan: Plan) -> dict[str, QuantizedLaye
         result[path] = quantize_layer(
             _float_layer(layer.layer, layer.norm),
             layer_plan,
-            np.float32(quantizer.learned_input_scale),
+            None if quantizer.weight_only else np.float32(quantizer.learned_input_scale),
             int(quantizer.input_zero_point),
             quantizer.weight_gain.value,
         )

@@ -60,7 +60,7 @@ def find_layers(model: Network, input_shape: str | None) -> ModelLayers:
         if reason is not None:
             refused.append(LayerInfo(name, type(layer).__name__, (), reason))
         elif is_quantizable(layer):
-            layers.append(LayerInfo(name, type(layer).__name__))
+            layers.append(LayerInfo(name, type(layer).__name__, weight_only=True))
             paths[name] = path
     norms = dict(survey.pairs())
     return ModelLayers(

@@ -26,8 +26,8 @@ def dopt_describe_backend() -> BackendInfo:
         framework_version=metadata.version("numpy"),
         version=__version__,
         model_types=("dopt_numpy.network.chain.Network",),
-        hook_api_version="1.0",
-        capabilities=Capabilities(retraining=True, quant_loss=True, dynamic_batch=True),
+        hook_api_version="1.1",
+        capabilities=Capabilities(retraining=True, quant_loss=True, dynamic_batch=True, weight_only=True),
     )
 
 

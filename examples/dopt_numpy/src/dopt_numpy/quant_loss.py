@@ -96,7 +96,7 @@ def _error(layer: QuantizedLayer) -> float:
     error = relative_squared_error(folded.weight, folded.scale, 0, strategy.weight, axis=quantizer.axis)
     if probe is not None:
         scale, zero_point = quantizer.learned_input_scale, quantizer.input_zero_point
-        error += relative_squared_error(probe.values, scale, zero_point, strategy.activation)
+        error += relative_squared_error(probe.values, scale, zero_point, quantizer.plan.input_grid)
     return error
 
 
@@ -108,7 +108,7 @@ def _add_gradients(layer: QuantizedLayer, share: float) -> None:
     quantizer.weight_gain.accumulate(share * gain_gradient(dscale, folded.base, quantizer.weight_gain.value))
     if probe is not None:
         scale, zero_point = quantizer.learned_input_scale, quantizer.input_zero_point
-        dx, dscale = error_gradients(probe.values, scale, zero_point, strategy.activation)
+        dx, dscale = error_gradients(probe.values, scale, zero_point, quantizer.plan.input_grid)
         probe.gradient = (share * dx + (0.0 if probe.gradient is None else probe.gradient)).astype(np.float32)
         quantizer.input_gain.accumulate(
             share * gain_gradient(dscale, quantizer.input_scale, quantizer.input_gain.value)

@@ -95,12 +95,17 @@ class LayerQuantizer:
 
     # ---- deciding the scales
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether the strategy leaves the input float; then there is nothing to calibrate."""
+        return self.plan.strategy.activation is None
+
     def is_ready(self) -> bool:
         """Whether the input's scale is decided; a pending calibration (as from a checkpoint) is concluded."""
         seen = bool(self.statistics.samples + self.statistics.non_finite)
         if not self.ready and not self.calibrating and seen:
             self.conclude()
-        return bool(self.ready)
+        return self.weight_only or bool(self.ready)
 
     def start_calibration(self) -> None:
         """Forget earlier statistics and collect from now on."""
@@ -115,8 +120,10 @@ class LayerQuantizer:
             CalibrationError: There were no data, or NaN or infinity among them.
         """
         plan = self.plan
+        if self.weight_only:
+            return
         scale, zero_point = activation_parameters(
-            self.statistics, plan.strategy.activation, layer=plan.name, method=plan.range_method
+            self.statistics, plan.input_grid, layer=plan.name, method=plan.range_method
         )
         self.input_scale[...], self.input_zero_point[...], self.ready[...] = scale, zero_point, 1
         self.input_gain.value[...] = 0
@@ -145,7 +152,9 @@ class LayerQuantizer:
 
     def quantize_input(self, x: Array, training: bool) -> tuple[Array, Pullback]:
         """Return the fake-quantized input, float32, and the function that carries gradients back."""
-        grid, scale, zero_point = self.plan.strategy.activation, self.learned_input_scale, self.input_zero_point.copy()
+        if self.weight_only:
+            return x, lambda dy: dy
+        grid, scale, zero_point = self.plan.input_grid, self.learned_input_scale, self.input_zero_point.copy()
         index = lattice(x.shape, 1)
         probe = self.probe = Probe(x[index].copy()) if training else None
         with self._named():
