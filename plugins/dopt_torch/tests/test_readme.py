@@ -24,11 +24,14 @@ def test_the_code_of_the_readme_goes_from_a_float_model_to_the_exported_files(tm
 
 
 def test_the_code_of_the_page_on_mixed_precision_keeps_its_budget(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mixed-precision.md").read_text("utf-8"), re.DOTALL)
+    parts = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "mixed-precision.md").read_text("utf-8"), re.DOTALL)
+    code = "\n".join(parts)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     layers = json.loads((tmp_path / "mixed.json").read_text())["layer_strategy"]
     assert {entry["quant_strategy"] for entry in layers.values()} == {"Quant_INT8-8", "Quant_INT8-4"}
+    for name in ("sensitivity.png", "trade_off.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 BEFORE = """
@@ -48,9 +51,11 @@ def test_the_code_of_the_page_on_pytorch_quantizes_and_retrains(tmp_path):
     text = (ROOT / "docs" / "pytorch.md").read_text("utf-8")
     parts = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "post_training" in code]
     parts += [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import smooth" in code]
+    parts += [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import equalize" in code]
     parts += [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "freeze_norms" in code]
-    assert len(parts) == 3
-    after = "\nassert [one.reason for one in report] == ['', ''] and smoothed == ['4/Linear'] and loss.isfinite()"
+    assert len(parts) == 4
+    after = "\nassert [one.reason for one in report] == ['', ''] and smoothed == ['4/Linear']\n"
+    after += "assert pairs == [] and loss.isfinite()"
     code = BEFORE + "\n".join(parts) + after
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

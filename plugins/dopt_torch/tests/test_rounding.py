@@ -13,6 +13,7 @@ from dopt.dopt_torch.opt_main import (
 )
 from dopt_api.errors import CalibrationError, ModelError
 from dopt_api.params import read_params
+from dopt_api.quantizer import rounding as core
 from dopt_api.strategy import STRATEGIES
 from dopt_torch import rounding
 from dopt_torch.rounding import round_weights
@@ -38,10 +39,10 @@ def test_exporting_gives_the_integers_and_scales_that_were_chosen(make, tmp_path
         scales.append(scale.reshape(-1))
         return chosen[-1]
 
-    real = rounding.round_weight
-    monkeypatch.setattr(rounding, "round_weight", spy)
+    real = core.round_weight
+    monkeypatch.setattr(core, "round_weight", spy)
     if not search:
-        monkeypatch.setattr(rounding, "best_scale", lambda weight, scale, moments, grid: scale * 1.2)
+        monkeypatch.setattr(core, "best_scale", lambda weight, scale, moments, grid: scale * 1.2)
     model = make(strategy=strategy)
     round_weights(model, batches(), positions=32)
     torch.save(model.state_dict(), tmp_path / "rounded.pth")

@@ -148,7 +148,9 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
         quantized = quantize_layer(
             source,
             layer_plan,
-            np.float32(learned_scale(quantizer.input_scale.numpy(), quantizer.input_gain.detach().numpy())),
+            None
+            if quantizer.weight_only
+            else np.float32(learned_scale(quantizer.input_scale.numpy(), quantizer.input_gain.detach().numpy())),
             int(quantizer.input_zero_point),
             quantizer.weight_gain.detach().numpy(),
         )

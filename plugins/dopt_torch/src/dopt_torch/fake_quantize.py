@@ -26,6 +26,7 @@ __all__ = [
     "fake_quantize_weight",
     "gain_of",
     "learned_scale",
+    "weight_range",
     "weight_scale",
 ]
 
@@ -66,6 +67,18 @@ def weight_scale(weight: Tensor, grid: Grid, axis: int) -> Tensor:
     extreme = weight.detach().abs().amax(dim=others).double()
     scale = (2 * extreme / (grid.qmax - grid.qmin)).float().clamp_min(SMALLEST_SCALE)
     return torch.where(extreme == 0, torch.ones_like(scale), scale)
+
+
+def weight_range(weight: Tensor, grid: Grid, axis: int) -> tuple[Tensor, Tensor | None]:
+    """Return the scales ``[C]`` of a weight, and the zero points of an asymmetric grid, as the core computes them."""
+    if grid.symmetric:
+        return weight_scale(weight, grid, axis), None
+    others = [i for i in range(weight.dim()) if i != axis]
+    low = weight.detach().amin(dim=others).double().clamp_max(0.0)
+    width = weight.detach().amax(dim=others).double().clamp_min(0.0) - low
+    scale = (width / (grid.qmax - grid.qmin)).float().clamp_min(SMALLEST_SCALE)
+    scale = torch.where(width == 0, torch.ones_like(scale), scale)
+    return scale, (grid.qmin - low / scale.double()).round().clamp(grid.qmin, grid.qmax).float()
 
 
 class LearnedScale(torch.autograd.Function):
@@ -114,41 +127,62 @@ class LearnedWeightScale(torch.autograd.Function):
     """Fake quantization of a weight, per channel, in the space in which batch normalization is folded in."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        folding: Tensor | None,
+        grid: Grid,
+        axis: int,
+        zero_point: Tensor | None = None,
+    ) -> Tensor:
         """Return ``fake_quantize(weight * folding) / folding``; see :func:`fake_quantize_weight`."""
-        ctx.save_for_backward(weight, scale, folding)
+        ctx.save_for_backward(weight, scale, folding, zero_point)
         ctx.grid, ctx.axis = grid, axis
-        return fake_quantize_weight(weight, scale, folding, grid, axis)
+        return fake_quantize_weight(weight, scale, folding, grid, axis, zero_point)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Pass gradients on where the integer stays on the grid; sum the scale's over each channel."""
-        weight, scale, folding = ctx.saved_tensors
-        grid, axis = ctx.grid, ctx.axis
+        weight, scale, folding, zero_point = ctx.saved_tensors
+        axis = ctx.axis
+        low, high = _ends(ctx.grid, zero_point, weight, axis)
         v = (weight if folding is None else weight * folding) / on_weight(scale, weight, axis)
-        inside = (v >= grid.qmin - 0.5) & (v <= grid.qmax + 0.5)
+        inside = (v >= low - 0.5) & (v <= high + 0.5)
         dx = torch.where(inside, dy, torch.zeros_like(dy))
-        slope = v.round().clamp_(grid.qmin, grid.qmax).mul_(dy).sub_(v.mul_(dx))
+        slope = v.round().clamp_(low, high).mul_(dy).sub_(v.mul_(dx))
         if folding is not None:
             slope /= folding
         others = [i for i in range(weight.dim()) if i != axis]
-        return dx, slope.sum(others), None, None, None
+        return dx, slope.sum(others), None, None, None, None
 
 
-def fake_quantize_weight(weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int) -> Tensor:
+def fake_quantize_weight(
+    weight: Tensor, scale: Tensor, folding: Tensor | None, grid: Grid, axis: int, zero_point: Tensor | None = None
+) -> Tensor:
     """Return the weight whose folded form is on the grid.
 
     Args:
         weight: Float32.
         scale: ``[C]``, the scales of the folded weight.
         folding: What folding multiplies the weight by, not 0, of a shape that broadcasts; or ``None``.
-        grid: The integer grid, symmetric.
+        grid: The integer grid.
         axis: The axis of the weight with the ``C`` channels.
+        zero_point: ``[C]``, float32, or ``None`` for 0.
     """
     step = on_weight(scale, weight, axis)
     v = torch.div(weight if folding is None else weight * folding, step)
-    return v.round_().clamp_(grid.qmin, grid.qmax).mul_(step if folding is None else step / folding)
+    low, high = _ends(grid, zero_point, weight, axis)
+    return v.round_().clamp_(low, high).mul_(step if folding is None else step / folding)
+
+
+def _ends(grid: Grid, zero_point: Tensor | None, weight: Tensor, axis: int) -> tuple[Any, Any]:
+    """Return the ends of the grid, less the zero point."""
+    if zero_point is None:
+        return grid.qmin, grid.qmax
+    shift = on_weight(zero_point, weight, axis)
+    return grid.qmin - shift, grid.qmax - shift
 
 
 def _where_inside(dy: Tensor, v: Tensor, low: int, high: int) -> None:

@@ -34,11 +34,14 @@ class Structure:
         paths: Module path of every layer that can be quantized, by layer name.
         norms: Path of the batch normalization to fold into a layer, by the layer's module path.
         outputs: How many tensors the model returns, or ``None`` if it could not be run.
+        pairs: Module paths of two layers, the second of which alone takes the output of the first, through nothing but
+            its folded batch normalization and operations that commute with a positive factor on a channel.
     """
 
     paths: dict[str, str]
     norms: dict[str, str]
     outputs: int | None
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
@@ -183,6 +186,17 @@ _REASONS = {
 }
 
 # Calls that only ask about a tensor and so do not use its values.
+_PADS = ("pad", "_pad", "_pad_circular")
+
+_HOMOGENEOUS = frozenset(
+    (
+        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "dropout_", "feature_dropout"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "contiguous"),
+    )
+)
+"""Functions of evaluation mode whose channels are multiplied by what the channels of their input are multiplied by."""
+
 _ASKS = frozenset(
     (
         *("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__"),
@@ -216,6 +230,9 @@ class _Record:
     functions: list[LayerInfo] = field(default_factory=list)
     uses: Counter[int] = field(default_factory=Counter)
     padded_from: dict[int, Tensor] = field(default_factory=dict)
+    scaled_from: dict[int, Tensor] = field(default_factory=dict)
+    passed_in_place: Counter[int] = field(default_factory=Counter)
+    normalized_by: dict[int, nn.Module] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
     lent_bias: set[nn.Module] = field(default_factory=set)
     ignores_bias: set[nn.Module] = field(default_factory=set)
@@ -300,10 +317,8 @@ class _Record:
             self.uses[id(tensor)] += 1
         module = self.stack[-1] if self.stack else self.model
         given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
-        if name in ("pad", "_pad", "_pad_circular") and isinstance(result, Tensor) and _pads_zero(args, kwargs):
-            self.padded_from[id(result)] = given
-        if isinstance(module, _BatchNorm) and name == "batch_norm":
-            self.norm_calls.setdefault(module, []).append(given)
+        if isinstance(given, Tensor) and isinstance(result, Tensor):
+            self.see_between(name, module, given, result, padded=name in _PADS and _pads_zero(args, kwargs))
         if name not in _REASONS:
             return
         kind = kind_of(module)
@@ -319,6 +334,18 @@ class _Record:
                     f"its weight is used by {name} in {self.at(module)}, not through its own forward"
                 )
         self.functions.append(self.function_info(name, module))
+
+    def see_between(self, name: str, module: nn.Module, given: Tensor, result: Tensor, padded: bool) -> None:
+        """Take note of what happens to a tensor between two layers."""
+        if padded:
+            self.padded_from[id(result)] = given
+        if isinstance(module, _BatchNorm) and name == "batch_norm":
+            self.norm_calls.setdefault(module, []).append(given)
+            self.normalized_by[id(result)] = module
+        if (padded or name in _HOMOGENEOUS) and result is not given:
+            self.scaled_from[id(result)] = given
+        elif name in _HOMOGENEOUS:
+            self.passed_in_place[id(given)] += 1
 
     def see_layer(self, module: nn.Module, call: _Call) -> None:
         """Take note of a layer's own computation, or of why it cannot be quantized."""
@@ -367,9 +394,9 @@ class _Record:
             reason = self.refused.get(module) or self.used_elsewhere.get(module, "")
             if module not in self.calls and not reason:
                 reason = "the run on 'input_shape' did not reach it"
-            info = _info(self.paths[module], kind, reason)
+            info = _info(self.paths[module], module, kind, reason)
             (refused if reason else layers).append(info)
-        paths = {_info(self.paths[m], k).name: self.paths[m] for m in self.paths if (k := kind_of(m)) is not None}
+        paths = {layer_name(self.paths[m], k.label): self.paths[m] for m in self.paths if (k := kind_of(m)) is not None}
         sealed = [path for module, path in self.paths.items() if isinstance(module, torch.jit.ScriptModule)]
         scripted = [
             LayerInfo(layer_name(path, "ScriptModule"), "TorchScript", (), "the layers of TorchScript are sealed")
@@ -381,8 +408,27 @@ class _Record:
             layers=tuple(layers),
             not_quantizable=(*refused, *self.functions, *scripted),
             notes=self.notes(norms),
-            structure=Structure(paths, norms, self.outputs),
+            structure=Structure(paths, norms, self.outputs, tuple(self.find_pairs(norms))),
         )
+
+    def find_pairs(self, norms: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """Find the layers of which each alone feeds another; see :class:`Structure`."""
+        made_by = {id(calls[0].made): module for module, calls in self.calls.items() if len(calls) == 1}
+        for after, calls in self.calls.items():
+            if len(calls) > 1 or after in self.refused or after in self.used_elsewhere:
+                continue
+            given = calls[0].given
+            while self.used_once(given) and id(given) in self.scaled_from:
+                given = self.scaled_from[id(given)]
+            norm = self.normalized_by.get(id(given))
+            before = made_by.get(id(given if norm is None else self.norm_calls[norm][0]))
+            if before is None or before in self.refused or before in self.used_elsewhere or not self.used_once(given):
+                continue
+            if norms.get(self.paths[before]) == (None if norm is None else self.paths[norm]):
+                yield self.paths[before], self.paths[after]
+
+    def used_once(self, tensor: Tensor) -> bool:
+        return self.uses[id(tensor)] - self.passed_in_place[id(tensor)] == 1
 
     def notes(self, norms: dict[str, str]) -> tuple[str, ...]:
         """Name the batch normalizations that stay as they are."""
@@ -424,7 +470,7 @@ def _by_definition(model: nn.Module, input_shape: str, error: Exception) -> Mode
     for path, module in model.named_modules():
         kind = kind_of(module)
         if kind is not None:
-            info = _info(path, kind)
+            info = _info(path, module, kind)
             layers.append(info)
             paths[info.name] = path
     first_line = str(error).strip().split("\n")[0][:200]
@@ -439,9 +485,13 @@ def _by_definition(model: nn.Module, input_shape: str, error: Exception) -> Mode
     return ModelLayers(tuple(layers), notes=(note,), structure=Structure(paths, {}, None))
 
 
-def _info(path: str, kind: LayerKind, reason: str = "") -> LayerInfo:
+def _info(path: str, module: nn.Module, kind: LayerKind, reason: str = "") -> LayerInfo:
     name = layer_name(path, kind.label)
-    return LayerInfo(name, kind.op_type, (), reason) if reason else LayerInfo(name, kind.op_type)
+    if reason:
+        return LayerInfo(name, kind.op_type, (), reason)
+    weight: Any = module._parameters.get("weight")
+    row = int(weight.shape[1]) if kind.function == "linear" and weight is not None else 0
+    return LayerInfo(name, kind.op_type, weight_only=True, row=row)
 
 
 def _pads_zero(args: Any, kwargs: Any) -> bool:

@@ -29,8 +29,10 @@ def dopt_describe_backend() -> BackendInfo:
         framework_version=version,
         version=__version__,
         model_types=("torch.nn.modules.module.Module",),
-        hook_api_version="1.0",
-        capabilities=Capabilities(retraining=True, quant_loss=True, distributed_calibration=True, dynamic_batch=True),
+        hook_api_version="1.1",
+        capabilities=Capabilities(
+            retraining=True, quant_loss=True, distributed_calibration=True, dynamic_batch=True, weight_only=True
+        ),
     )
 
 

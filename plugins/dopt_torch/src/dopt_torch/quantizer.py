@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dopt_api.quantizer import activation_parameters, lattice
+from dopt_api.quantizer import Grid, activation_parameters, lattice
 from dopt_api.types import LayerPlan
 from dopt_torch.fake_quantize import (
     LearnedScale,
@@ -17,7 +17,7 @@ from dopt_torch.fake_quantize import (
     fake_quantize,
     fake_quantize_weight,
     learned_scale,
-    weight_scale,
+    weight_range,
 )
 from dopt_torch.layer_kinds import LayerKind, on_weight, per_channel, samples_first
 from dopt_torch.statistics import DeviceStatistics, merge_over_ranks
@@ -41,7 +41,8 @@ class LayerQuantizer(nn.Module):
         input_zero_point: Int32 ``[]``.
         ready: uint8 ``[]``, 1 when ``input_scale`` and ``input_zero_point`` are decided.
         input_gain: Float32 ``[]``, learned; see :func:`dopt_api.quantizer.learned_scale`.
-        weight_gain: Float32 ``[C]``, likewise, on the scales that the weight's extremes give.
+        weight_gain: Float32 ``[C]``, likewise, on the scales that the weight's extremes give: one for each channel, or
+            for each group of weights, those of a channel one after the other.
         smoothing: Float32 ``[C]``: what the channels of the input are multiplied by, and those of the weight divided,
             before they are quantized; powers of two. ``[]`` where there is no smoothing.
         statistics: What calibration has seen.
@@ -58,8 +59,10 @@ class LayerQuantizer(nn.Module):
         self.plan, self.kind = plan, kind
         device, channels = weight.device, weight.shape[kind.weight_axis]
         self._smoothable = ((), (weight.shape[kind.weight_input_axis],))
-        self.input_gain = nn.Parameter(torch.zeros((), device=device))
-        self.weight_gain = nn.Parameter(torch.zeros(channels, device=device))
+        self.input_gain = nn.Parameter(torch.zeros((), device=device), requires_grad=not self.weight_only)
+        group = plan.strategy.weight.group
+        scales = channels if group is None else weight.numel() // group
+        self.weight_gain = nn.Parameter(torch.zeros(scales, device=device))
         self.register_buffer("input_scale", torch.ones((), device=device))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         self.register_buffer("ready", torch.zeros((), dtype=torch.uint8, device=device))
@@ -79,12 +82,19 @@ class LayerQuantizer(nn.Module):
     # ---- deciding the scales
 
     @property
+    def weight_only(self) -> bool:
+        """Whether the strategy leaves the input float; then there is nothing to calibrate."""
+        return self.plan.strategy.activation is None
+
+    @property
     def learning(self) -> bool:
         """Whether a forward pass now is one of training: then scales are initialised and follow."""
         return self.training and torch.is_grad_enabled()
 
     def is_ready(self) -> bool:
         """Whether the input's scale is decided; a pending calibration (as from a checkpoint) is concluded."""
+        if self.weight_only:
+            return True
         if not self._on_host("ready") and not self.calibrating and self.statistics.seen:
             self.conclude()
         return bool(self._on_host("ready"))
@@ -107,9 +117,11 @@ class LayerQuantizer(nn.Module):
         Raises:
             CalibrationError: There were no data, or NaN or infinity among them.
         """
+        if self.weight_only:
+            return
         scale, zero_point = activation_parameters(
             self.statistics.to_core(),
-            self.plan.strategy.activation,
+            self.plan.input_grid,
             layer=self.plan.name,
             method=self.plan.range_method,
         )
@@ -121,6 +133,8 @@ class LayerQuantizer(nn.Module):
 
     def observe(self, x: Tensor) -> None:
         """Take a batch of inputs into the statistics."""
+        if self.weight_only:
+            return
         with torch.no_grad():
             self.statistics.update(samples_first(self.smooth_input(x.detach()), self.kind), self.kind.input_axis)
 
@@ -147,7 +161,9 @@ class LayerQuantizer(nn.Module):
     # ---- quantizing
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized input, smoothed, of the dtype of ``x``."""
+        """Return the fake-quantized input, smoothed, of the dtype of ``x``; just smoothed where it stays float."""
+        if self.weight_only:
+            return self.smooth_input(x.float()).to(x.dtype) if self.smoothing.dim() else x
         low, high = self._bounds()
         scale = self.learned_input_scale()
         data = self.smooth_input(x.float())
@@ -169,23 +185,44 @@ class LayerQuantizer(nn.Module):
                 what is quantized; the result is divided by the factor, since the normalization runs after the layer.
         """
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
-        data = self.smooth_weight(weight.float())
-        folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
-        scale = self.learned_weight_scale(data if folding is None else data * folding)
+        data, folding, derived, zero_point = self._arranged(weight, factor, grid)
+        scale = learned_scale(derived, self.weight_gain)
         if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
-            result: Tensor = LearnedWeightScale.apply(data, scale, folding, grid, axis)
+            result: Tensor = LearnedWeightScale.apply(data, scale, folding, grid, axis, zero_point)
         else:
-            result = fake_quantize_weight(data, scale, folding, grid, axis)
-        return result.to(weight.dtype)
+            result = fake_quantize_weight(data, scale, folding, grid, axis, zero_point)
+        return result.view(weight.shape).to(weight.dtype)
+
+    def nearest_weight(self, weight: Tensor, factor: Tensor | None, grid: Grid) -> Tensor:
+        """Return what :meth:`quantize_weight` would with another grid, and with nothing learned."""
+        data, folding, scale, zero_point = self._arranged(weight, factor, grid)
+        result = fake_quantize_weight(data, scale, folding, grid, self.kind.weight_axis, zero_point)
+        return result.view(weight.shape).to(weight.dtype)
 
     def weight_error(self, weight: Tensor, factor: Tensor | None) -> Tensor:
         """Return the relative squared error of the folded weight, differentiable."""
         grid, axis = self.plan.strategy.weight, self.kind.weight_axis
-        folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
-        data = self.smooth_weight(weight.float())
+        data, folding, derived, zero_point = self._arranged(weight, factor, grid)
         folded = data if folding is None else data * folding
-        step = on_weight(self.learned_weight_scale(folded), folded, axis)
-        return _relative_error(folded, step, grid.qmin, grid.qmax)
+        step = on_weight(learned_scale(derived, self.weight_gain), folded, axis)
+        shift: Any = 0 if zero_point is None else on_weight(zero_point, folded, axis)
+        return _relative_error(folded, step, grid.qmin - shift, grid.qmax - shift)
+
+    def _arranged(
+        self, weight: Tensor, factor: Tensor | None, grid: Grid
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return the smoothed weight, what folding multiplies it by, and scales and zero points from its extremes.
+
+        Where weights are grouped, each group is a row.
+        """
+        axis = self.kind.weight_axis
+        data = self.smooth_weight(weight.float())
+        folding = None if factor is None else on_weight(_one_for_zero(factor), weight, axis)
+        if grid.group is not None:
+            folding = None if folding is None else folding.expand_as(data).reshape(-1, grid.group)
+            data = data.reshape(-1, grid.group)
+        scale, zero_point = weight_range(data if folding is None else data * folding, grid, axis)
+        return data, folding, scale, zero_point
 
     def input_error(self) -> Tensor | None:
         """Return the relative squared error of the probed inputs of the last training pass, or ``None``."""
@@ -217,7 +254,7 @@ class LayerQuantizer(nn.Module):
 
     def _bounds(self) -> tuple[int, int]:
         """Return the ends of the input's grid, less its zero point."""
-        grid, zero_point = self.plan.strategy.activation, self._on_host("input_zero_point")
+        grid, zero_point = self.plan.input_grid, self._on_host("input_zero_point")
         return grid.qmin - zero_point, grid.qmax - zero_point
 
     def learned_input_scale(self) -> Tensor:
@@ -226,7 +263,7 @@ class LayerQuantizer(nn.Module):
 
     def learned_weight_scale(self, folded: Tensor) -> Tensor:
         """Return the scales in use of the folded weight, ``[C]``, differentiable in the gains."""
-        derived = weight_scale(folded, self.plan.strategy.weight, self.kind.weight_axis)
+        derived, _ = weight_range(folded, self.plan.strategy.weight, self.kind.weight_axis)
         return learned_scale(derived, self.weight_gain)
 
     # ---- being a module
@@ -290,7 +327,7 @@ def _one_for_zero(factor: Tensor) -> Tensor:
     return torch.where(factor == 0, torch.ones_like(factor), factor)
 
 
-def _relative_error(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+def _relative_error(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
     r"""Return :math:`\sum (\hat x - x)^2 / \sum x^2` with the integers held fixed, so that it has a gradient."""
     integers = (x / step).detach().round().clamp_(low, high)
     energy = x.square().sum()

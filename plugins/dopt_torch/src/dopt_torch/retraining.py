@@ -177,6 +177,8 @@ def parameter_groups(
 def fit_weight_scales(model: nn.Module) -> None:
     """Begin retraining with the weight scales of least squared error, in place of those that clip nothing.
 
+    Asymmetric weights keep theirs.
+
     With 8 bits there is little between them; with 4, scales from the extremes spend most of the grid on few weights,
     and learned step sizes start far from where they end (initialisation matters: Bhalgat et al. 2020, "LSQ+").
 
@@ -190,9 +192,13 @@ def fit_weight_scales(model: nn.Module) -> None:
         quantizer = layer.dopt_quantizer
         weight: Any = layer._parameters["weight"]
         grid, axis, factor = quantizer.plan.strategy.weight, quantizer.kind.weight_axis, norm_factor(layer)
+        if not grid.symmetric:
+            continue
         folded = quantizer.smooth_weight(weight.float())
         if factor is not None:
             folded = folded * on_weight(torch.where(factor == 0, torch.ones_like(factor), factor), weight, axis)
+        if grid.group is not None:
+            folded = folded.reshape(-1, grid.group)
         extremes = weight_scale(folded, grid, axis).double().cpu()
         rows = folded.double().cpu().movedim(axis, 0).reshape(1, len(extremes), -1).numpy()
         best = torch.from_numpy(best_scale(rows, extremes[None].numpy(), None, grid)[0])

@@ -10,16 +10,14 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dopt_api.errors import CalibrationError, never_calibrated
 from dopt_api.files import StrPath
-from dopt_api.quantizer.rounding import best_scale, compensated_weight, output_error, round_weight
+from dopt_api.quantizer.rounding import Moments, RoundedLayer, round_layer
 from dopt_torch.checkpoint import KeptWork
-from dopt_torch.fake_quantize import gain_of
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import (
@@ -37,24 +35,6 @@ __all__ = ["RoundedLayer", "round_weights"]
 Progress = Callable[[list["_Rounding"]], Iterable["_Rounding"]]
 
 
-@dataclass(frozen=True)
-class RoundedLayer:
-    """What rounding did to one layer.
-
-    Attributes:
-        name: The layer's name.
-        nearest: Mean squared difference, about its mean, of its output from the float network's with weights rounded to
-            nearest, less what no weight could mend; as a share of the output's variance.
-        rounded: The same as it is now; never more.
-        reason: Why the layer was left alone, or empty.
-    """
-
-    name: str
-    nearest: float = 0.0
-    rounded: float = 0.0
-    reason: str = ""
-
-
 def round_weights(
     model: nn.Module,
     batches: Iterable[Any],
@@ -69,11 +49,9 @@ def round_weights(
     """Round the weights of a calibrated model, layer by layer, and correct their biases; the model is changed in place.
 
     Layer after layer, in execution order, the quantized inputs of a layer are sampled, with all layers before it
-    rounded already. What is rounded is the weight that best gives the *float* network's outputs on these inputs
-    (:func:`dopt_api.quantizer.rounding.compensated_weight`), at scales and to integers that do least to the output
-    (:func:`~dopt_api.quantizer.rounding.best_scale`, :func:`~dopt_api.quantizer.rounding.round_weight`); and the bias
-    (or the running mean of the batch normalization that is folded in) takes up the difference to the float output's
-    mean (bias correction, Nagel et al. 2019). The weights then lie on their grids: exporting gives just these
+    rounded already, and :func:`dopt_api.quantizer.rounding.round_layer` rounds the weight that best gives the *float*
+    network's outputs on these inputs; the bias (or the running mean of the batch normalization that is folded in)
+    takes up the difference to the float output's mean. The weights then lie on their grids: exporting gives just these
     integers. A pass that fails leaves the model as it was.
 
     Some 32 to 64 samples are enough; time is about half a forward pass over them for each layer, and memory holds
@@ -152,44 +130,6 @@ def _sample_float(model: nn.Module, data: list[Any], roundings: list[_Rounding])
 
 class _Reached(Exception):  # noqa: N818  # no error: the layer has what it needs of this batch
     """A layer was run as often as a batch runs it."""
-
-
-class _Moments:
-    """Sums over sampled positions of what a layer's weight is multiplied with.
-
-    Attributes:
-        count: Number of positions.
-        first: ``[G, K]``.
-        second: ``[G, K, K]``.
-        outputs: The sum of the float outputs, ``[G, O]``.
-        cross: Of the products of float outputs and patches, ``[G, O, K]``.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first = self.second = self.outputs = self.cross = torch.zeros((), dtype=torch.float64)
-
-    def add(self, patches: Tensor, outputs: Tensor) -> None:
-        """Take in patches ``[N, G, K]`` and the outputs ``[N, G, O]`` that the float network has in their places."""
-        columns, rows = patches.transpose(0, 1).double(), outputs.permute(1, 2, 0).double()
-        self.first = self.first + columns.sum(1).cpu()
-        self.second = self.second + (columns.transpose(1, 2) @ columns).cpu()
-        self.outputs = self.outputs + rows.sum(2).cpu()
-        self.cross = self.cross + (rows @ columns).cpu()
-        self.count += len(patches)
-
-    def mean(self) -> Tensor:
-        """Return ``[G, K]``."""
-        return self.first / self.count
-
-    def covariance(self) -> Tensor:
-        """Return the second moments about the mean, ``[G, K, K]``."""
-        mean = self.mean()
-        return self.second / self.count - mean[:, :, None] * mean[:, None, :]
-
-    def cross_covariance(self) -> Tensor:
-        """Return the moments of outputs and patches about their means, ``[G, O, K]``."""
-        return self.cross / self.count - (self.outputs / self.count)[:, :, None] * self.mean()[:, None, :]
 
 
 class _Sampler:
@@ -285,11 +225,14 @@ class _Rounding:
     def __init__(self, layer: QuantizedLayer, sampler: _Sampler, shared: bool) -> None:
         self.layer, self.quantizer, self.sampler = layer, layer.dopt_quantizer, sampler
         self.forward = original_class(layer).forward
-        self.moments, self.outputs = _Moments(), list[Tensor]()
+        self.moments, self.outputs = Moments(), list[Tensor]()
         self.calls, self.calls_a_batch, self.left = 0, 0, 0
         self.reason = "its weight is another layer's too" if shared else ""
+        grid = self.quantizer.plan.strategy.weight
         if self.quantizer.kind.function not in ("conv2d", "linear"):
             self.reason = f"{self.quantizer.kind.label} is not rounded by this method"
+        elif grid.group is not None or not grid.symmetric:
+            self.reason = "weights in groups or with zero points are not rounded by this method"
         self.result = RoundedLayer(self.quantizer.plan.name, reason=self.reason)
 
     # The input is the only tensor that these layers take; by whatever name it comes, it is passed on by position.
@@ -312,7 +255,7 @@ class _Rounding:
         with shadowed(self.layer, weight=self.quantizer.smooth_weight(weight)):
             result, patches = self._sample((self.quantizer.quantize_input(x), *args[1:]), {})
         if patches is not None:
-            self.moments.add(patches, self.outputs.pop(0))
+            self.moments.add(patches.cpu().numpy(), self.outputs.pop(0).cpu().numpy())
         self.left -= 1
         if not self.left:
             raise _Reached
@@ -349,42 +292,21 @@ class _Rounding:
             part.double().cpu().numpy().reshape(shape)
             for part in (folded, self.quantizer.learned_weight_scale(folded), on)
         )
-        moments, cross = self.moments.covariance().numpy(), self.moments.cross_covariance().numpy()
-        wanted = compensated_weight(w, moments, cross * f)
-        scale = best_scale(wanted, s[..., 0], moments, grid)
-        integers = round_weight(w, scale, moments, grid, wanted=wanted, damping=damping)
-        nearest = np.clip(np.rint(w / s), grid.qmin, grid.qmax)
-        errors = [output_error(part - wanted, moments) for part in (nearest * s, integers * scale[..., None])]
-        worse = errors[1] > errors[0]
-        integers = np.where(worse[..., None], nearest, integers)
-        found = integers * np.where(worse, s[..., 0], scale)[..., None]
-        rounded = torch.from_numpy(found).reshape(weight.shape).to(weight.device) / on.double()
-        self._correct(rounded)
+        found = round_layer(w, s[..., 0], self.moments, grid, factor=f, damping=damping)
+        rounded = torch.from_numpy(found.weight).reshape(weight.shape).to(weight.device)
         weight.copy_(rounded / self.quantizer.smooth_weight(torch.ones_like(weight)))
-        self._hold(torch.from_numpy(np.abs(integers).max(axis=2).reshape(-1)))
-        variance = float(output_error(wanted, moments).sum()) or 1.0
-        before, after = float(errors[0].sum()) / variance, float(np.minimum(*errors).sum()) / variance
-        self.result = RoundedLayer(self.quantizer.plan.name, before, after)
+        self.quantizer.weight_gain.copy_(torch.from_numpy(found.gain).to(self.quantizer.weight_gain))
+        self._correct(torch.from_numpy(found.shift))
+        self.result = RoundedLayer(self.quantizer.plan.name, found.nearest, found.rounded)
 
-    def _correct(self, rounded: Tensor) -> None:
-        """Let the bias take up how far the mean of the output is from the float network's."""
-        groups = self.moments.first.shape[0]
-        rows = rounded.double().cpu().reshape(groups, len(rounded) // groups, -1)
-        found = torch.einsum("gok,gk->go", rows, self.moments.mean())
-        shift = (self.moments.outputs / self.moments.count - found).reshape(-1)
+    def _correct(self, shift: Tensor) -> None:
+        """Let the bias, or the running mean of the normalization, take up what the mean of the output moved by."""
         bias: Any = self.layer._parameters.get("bias")
         norm: Any = norm_of(self.layer)
         if bias is not None:
             bias.add_(shift.to(bias))
         elif norm is not None:
             norm.running_mean.sub_(shift.to(norm.running_mean))
-
-    def _hold(self, largest: Tensor) -> None:
-        """Let the gain make up for extremes that were rounded away, so that the scale in use stays."""
-        grid = self.quantizer.plan.strategy.weight
-        ratio = (grid.qmax - grid.qmin) / (2 * largest.double())  # of the scale in use to what the extremes give
-        gain = torch.where(largest > 0, gain_of(ratio), torch.zeros_like(ratio))
-        self.quantizer.weight_gain.copy_(gain.to(self.quantizer.weight_gain))
 
 
 def _call_of(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], function: str) -> _Call | None:

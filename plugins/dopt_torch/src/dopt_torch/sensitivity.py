@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from dopt_api.errors import CalibrationError, ModelError, never_calibrated
 from dopt_api.quantizer import activation_parameters
 from dopt_api.search import Choice
-from dopt_api.strategy import FLOAT, STRATEGIES, Strategy, get_strategy
-from dopt_torch.fake_quantize import fake_quantize, fake_quantize_weight, weight_scale
+from dopt_api.strategy import FLOAT, INTEGER_STRATEGIES, Strategy, get_strategy
+from dopt_torch.fake_quantize import fake_quantize
 from dopt_torch.find_layers import tensors_of
-from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
 from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, original_class, quantized_layers, shadowed
 from dopt_torch.running import evaluation, run, taking_over
@@ -30,7 +29,7 @@ FLOAT_BITS = 32
 def measure_sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
-    strategies: Sequence[str] = tuple(STRATEGIES),
+    strategies: Sequence[str] = INTEGER_STRATEGIES,
     *,
     cost: Cost = "size",
     seed: int = 0,
@@ -47,7 +46,8 @@ def measure_sensitivity(
     Args:
         model: What ``optimize_model`` returned, calibrated; unchanged. Its modes and random state are restored.
         batches: Inputs as the model takes them: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
-        strategies: Names of the strategies to compare, besides ``float``.
+        strategies: Names of the strategies to compare, besides ``float``. A layer that cannot have one of them, such as
+            groups that do not divide its weights, has no choice of it.
         cost: What a choice takes of a budget: ``"size"``, the bits of the layer's weights; ``"bit_operations"``, its
             multiplications in one sample times the bits of both factors.
         seed: Of the random directions.
@@ -63,7 +63,11 @@ def measure_sensitivity(
     """
     root = root_of(model)
     candidates = [get_strategy(name) for name in strategies]
-    taps = [_Tap(layer, candidates) for layer in quantized_layers(root)]
+    infos = {info.name: info for info in root.__dict__["dopt_plan"].model_layers.layers}
+    taps = []
+    for layer in quantized_layers(root):
+        info = infos[layer.dopt_quantizer.plan.name]
+        taps.append(_Tap(layer, [one for one in candidates if not info.unfit(one)]))
     energy, samples, generator = 0.0, 0, torch.Generator().manual_seed(seed)
     forwards: dict[nn.Module, Callable[..., Any]] = {tap.layer: tap.run for tap in taps}
     with evaluation(model), _without_gradients(model.parameters()), taking_over(forwards):
@@ -92,7 +96,9 @@ class _Tap:
             raise never_calibrated([self.quantizer.plan.name])
         statistics, plan = self.quantizer.statistics.to_core(), self.quantizer.plan
         self.inputs = [
-            activation_parameters(statistics, strategy.activation, layer=plan.name, method=plan.range_method)
+            None
+            if strategy.activation is None
+            else activation_parameters(statistics, strategy.activation, layer=plan.name, method=plan.range_method)
             for strategy in candidates
         ]
 
@@ -111,28 +117,18 @@ class _Tap:
         weight: Any = self.layer.weight
         transposed = self.quantizer.kind.weight_axis == 1
         self.products += (x if transposed else exact).numel() // weight.shape[0] * weight.numel()
-        for number, (strategy, (scale, zero_point)) in enumerate(zip(self.candidates, self.inputs, strict=True)):
-            grid = strategy.activation
-            step = torch.tensor(scale, device=x.device)
-            given = fake_quantize(
-                self.quantizer.smooth_input(x.float()), step, grid.qmin - zero_point, grid.qmax - zero_point
-            ).to(x.dtype)
-            with shadowed(self.layer, weight=self._weight(strategy)):
-                found = self.forward(self.layer, given, *others)
+        for number, (strategy, parameters) in enumerate(zip(self.candidates, self.inputs, strict=True)):
+            given = self.quantizer.smooth_input(x.float())
+            if strategy.activation is not None and parameters is not None:
+                scale, zero_point = parameters
+                ends = (end - zero_point for end in (strategy.activation.qmin, strategy.activation.qmax))
+                given = fake_quantize(given, torch.tensor(scale, device=x.device), *ends)
+            quantized = self.quantizer.nearest_weight(weight, norm_factor(self.layer), strategy.weight)
+            with shadowed(self.layer, weight=quantized):
+                found = self.forward(self.layer, given.to(x.dtype), *others)
             effects = gradient.double() * (found - exact).double()
             alone = effects.shape[0] == self.samples  # samples do not mix: their effects are squared one by one
             self.damage[number] += float((effects.flatten(1).sum(1) if alone else effects.sum()).square().sum())
-
-    def _weight(self, strategy: Strategy) -> Tensor:
-        weight: Any = self.layer.weight
-        axis, factor = self.quantizer.kind.weight_axis, norm_factor(self.layer)
-        data = self.quantizer.smooth_weight(weight.float())
-        folding = None
-        if factor is not None:
-            folding = on_weight(torch.where(factor == 0, torch.ones_like(factor), factor), weight, axis)
-        scale = weight_scale(data if folding is None else data * folding, strategy.weight, axis)
-        quantized: Tensor = fake_quantize_weight(data, scale, folding, strategy.weight, axis).to(weight.dtype)
-        return quantized
 
     def choices(self, energy: float, samples: int, cost: Cost) -> Iterator[Choice]:
         """Yield what was found, the strategies in their order and ``float`` last."""
@@ -140,7 +136,8 @@ class _Tap:
         per_sample = self.products / samples
         for strategy, damage in zip(self.candidates, self.damage, strict=True):
             bits = strategy.weight.bits
-            taken = bits * weight if cost == "size" else bits * strategy.activation.bits * per_sample
+            factor = FLOAT_BITS if strategy.activation is None else strategy.activation.bits
+            taken = bits * weight if cost == "size" else bits * factor * per_sample
             yield Choice(name, strategy.name, damage / energy if energy else 0.0, taken)
         yield Choice(name, FLOAT, 0.0, FLOAT_BITS * weight if cost == "size" else FLOAT_BITS**2 * per_sample)
 
