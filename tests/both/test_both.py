@@ -23,10 +23,10 @@ def test_both_backends_are_listed_without_importing_a_framework():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def choose_all(path):
+def choose_all(path, strategy="Quant_INT8-8"):
     content = json.loads(path.read_text())
     for layer in content["layer_strategy"].values():
-        layer["quant_strategy"] = "Quant_INT8-8"
+        layer["quant_strategy"] = strategy
     path.write_text(json.dumps(content))
     return path
 
@@ -88,3 +88,54 @@ def test_a_model_of_the_other_framework_is_refused_by_name():
 
     with pytest.raises(ModelError, match="The backend 'tf' does not handle a torch"):
         dopt_api.generate_config(torch.nn.Linear(2, 2), "x:1,2", backend="tf")
+
+
+def test_rounding_chooses_the_same_integers_in_both(tmp_path):
+    """Rows of a matrix product are all looked at, so that both backends sum the same moments."""
+    import tensorflow as tf
+    import torch
+
+    from dopt_tf.post_training import post_training as post_training_tf
+    from dopt_torch.post_training import post_training as post_training_torch
+
+    v1 = tf.compat.v1
+    numbers = np.random.default_rng(0)
+    kernels = [(numbers.standard_normal(shape) / 4).astype("f") for shape in ((24, 16), (5, 24))]
+    biases = [numbers.standard_normal(size).astype("f") for size in (24, 5)]
+    data = [numbers.standard_normal((40, 16)).astype("f") for _ in range(3)]
+
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)).eval()
+    for layer, kernel, bias in zip((model[0], model[2]), kernels, biases, strict=True):
+        layer.load_state_dict({"weight": torch.from_numpy(kernel), "bias": torch.from_numpy(bias)})
+    config = choose_all(dopt_api.generate_config(model, "x:1,16", tmp_path / "torch.json"), "Quant_INT8-4")
+    quantized = dopt_api.optimize(model, config)
+    one = post_training_torch(quantized, [torch.from_numpy(batch) for batch in data], samples=120)
+    found = [layer.weight.detach().numpy() for layer in (quantized[0], quantized[2])]
+    shifted = [layer.bias.detach().numpy() for layer in (quantized[0], quantized[2])]
+
+    def build():
+        x = v1.placeholder(tf.float32, [None, 16], name="x")
+        y = x
+        for number, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
+            w, b = (
+                v1.get_variable(f"{name}{number}", value.shape, initializer=v1.constant_initializer(value))
+                for name, value in (("kernel", np.ascontiguousarray(kernel.T)), ("bias", bias))
+            )
+            y = tf.nn.bias_add(tf.matmul(y, w, name=f"fc{number}"), b)
+            y = tf.nn.relu(y) if number == 0 else y
+        return x
+
+    with tf.Graph().as_default(), v1.Session() as sess:
+        x = build()
+        config = choose_all(dopt_api.generate_config(sess, None, tmp_path / "tf.json"), "Quant_INT8-4")
+        dopt_api.optimize(sess, config, is_train_flag=False, quant_flag=1)
+        sess.run(v1.global_variables_initializer())
+        other = post_training_tf(sess, [{x: batch} for batch in data], samples=120)
+        values = sess.run({variable.op.name: variable for variable in v1.global_variables()})
+    for number, (first, second) in enumerate(zip(one, other, strict=True)):
+        assert (first.reason, second.reason) == ("", "")
+        assert first.rounded == pytest.approx(second.rounded, rel=0.02)
+        close = np.isclose(found[number], values[f"kernel{number}"].T, rtol=1e-4, atol=1e-6)
+        assert close.mean() > 0.99  # an input that float sums leave at a tie may round the other way
+        assert not np.allclose(found[number], kernels[number], atol=1e-3)
+        np.testing.assert_allclose(shifted[number], values[f"bias{number}"], atol=1e-3)

@@ -203,8 +203,10 @@ def _layers(session: Any, structure: Structure, plan: Plan, state: Checkpoint, o
     return result
 
 
-def _input_parameters(state: Checkpoint, plan: LayerPlan) -> tuple[np.float32, int] | None:
+def _input_parameters(state: Checkpoint, plan: LayerPlan) -> tuple[np.float32 | None, int] | None:
     """Return a layer's input scale and zero point; a pending calibration is concluded. ``None`` without either."""
+    if plan.strategy.activation is None:
+        return None, 0
     prefix = f"{SCOPE}/{plan.name}"
     if int(state.get(f"{prefix}/ready")):
         scale = learned_scale(state.get(f"{prefix}/input_scale"), state.get(f"{prefix}/input_gain"))
@@ -213,7 +215,7 @@ def _input_parameters(state: Checkpoint, plan: LayerPlan) -> tuple[np.float32, i
     statistics = Statistics.from_arrays(parts)
     if not int(statistics.samples) + int(statistics.non_finite):
         return None
-    return activation_parameters(statistics, plan.strategy.activation, layer=plan.name, method=plan.range_method)
+    return activation_parameters(statistics, plan.input_grid, layer=plan.name, method=plan.range_method)
 
 
 def _float_layer(session: Any, layer: Layer) -> tuple[FloatLayer, tuple[int, ...]]:

@@ -157,7 +157,7 @@ def _list(graph: tf.Graph) -> ModelLayers:
             refused.append(LayerInfo(node.name, node.op, (), reason))
         elif node.name in inference.nodes:
             layers[node.name] = _layer(graph, inference, inference.nodes[node.name], weight)
-            infos.append(LayerInfo(node.name, node.op))
+            infos.append(LayerInfo(node.name, node.op, weight_only=True))
     refused += _in_functions(inference)
     return ModelLayers(tuple(infos), tuple(refused), _notes(inference, layers), Structure(inference, layers))
 

@@ -24,7 +24,7 @@ from dopt_tf.quantizer import (
     restore_values,
 )
 
-__all__ = ["Quantization", "get_quant_loss", "optimize", "set_calibrate_state", "start"]
+__all__ = ["Quantization", "get_quant_loss", "optimize", "quantized", "raw_session", "set_calibrate_state", "start"]
 
 _REWRITTEN_BY_GRADIENTS = ("If", "StatelessIf", "While", "StatelessWhile", "Case", "StatelessCase")
 
@@ -124,7 +124,7 @@ def start(sess: Any) -> None:
     quantization = quantization_of(graph_of(sess))
     if quantization is None:
         return
-    raw = _raw_session(sess)
+    raw = raw_session(sess)
     initialized = raw.run(quantization.initialized)
     pairs = zip(quantization.variables, initialized, strict=True)
     restore_values(raw, [(variable, None) for variable, known in pairs if not known])
@@ -145,9 +145,9 @@ def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
         ModelError: The graph is not a quantized one.
         CalibrationError: On switching off: layers saw no data, or NaN or infinity; the others are calibrated.
     """
-    quantization = _quantized(sess)
+    quantization = quantized(sess)
     start(sess)
-    raw = _raw_session(sess)
+    raw = raw_session(sess)
     known = raw.run(quantization.mode.calibrating)
     if calibration_mode == bool(known):
         return
@@ -181,7 +181,7 @@ def get_quant_loss(sess: Any) -> tf.Tensor:
     Raises:
         ModelError: The graph is not a quantized one, or is finalized.
     """
-    quantization = _quantized(sess)
+    quantization = quantized(sess)
     if quantization.loss is None:
         graph = graph_of(sess)
         _refuse_final(graph)
@@ -195,7 +195,7 @@ def get_quant_loss(sess: Any) -> tf.Tensor:
     return quantization.loss
 
 
-def _raw_session(sess: Any) -> Any:
+def raw_session(sess: Any) -> Any:
     """Return the plain session inside a monitored one."""
     return sess._tf_sess() if hasattr(sess, "_tf_sess") else sess
 
@@ -218,11 +218,12 @@ def _rewrite(
             return _factor(graph, layer.norm, structure)
 
         active = quantizer.prepare(given, mode, preparation)
-        x = replaced(given, active, lambda x: quantizer.quantize_input(x, mode))
+        x = given if quantizer.weight_only else replaced(given, active, lambda x: quantizer.quantize_input(x, mode))
         w = replaced(weight, active, lambda weight: quantizer.quantize_weight(weight, factor(), mode))
     x.set_shape(given.shape)
     w.set_shape(weight.shape)
-    op._update_input(layer.layout.input, x)
+    if x is not given:
+        op._update_input(layer.layout.input, x)
     op._update_input(layer.layout.weight, w)
     return _Site(quantizer, active, given, weight, factor)
 
@@ -338,7 +339,12 @@ def _check_effect(sess: Any, graph: tf.Graph, quantization: Quantization) -> Non
         return
 
 
-def _quantized(sess: Any) -> Quantization:
+def quantized(sess: Any) -> Quantization:
+    """Return what is kept of a session's quantized graph.
+
+    Raises:
+        ModelError: It is not a quantized one.
+    """
     found: Quantization | None = quantization_of(graph_of(sess))
     if found is None:
         raise ModelError(

@@ -66,6 +66,11 @@ class LayerQuantizer:
         self._warned = False
 
     @property
+    def weight_only(self) -> bool:
+        """Whether the strategy leaves the input float; then there is nothing to calibrate."""
+        return self.plan.strategy.activation is None
+
+    @property
     def decided(self) -> list[tf.Variable]:
         """The variables that are set when the scale is decided."""
         return [self.input_scale, self.input_zero_point, self.ready, self.input_gain]
@@ -87,6 +92,8 @@ class LayerQuantizer:
         Raises:
             CalibrationError: There were no data, or NaN or infinity among them.
         """
+        if self.weight_only:
+            return []
         scale, zero_point = self._decide(statistics)
         decided = [(self.input_scale, scale), (self.input_zero_point, zero_point)]
         return [*decided, (self.ready, 1), (self.input_gain, None)]
@@ -97,6 +104,8 @@ class LayerQuantizer:
         A calibration step takes the input into the statistics and stays float. A scale that is not decided is decided
         by a pending calibration (as from a checkpoint) or, in training, by this very batch.
         """
+        if self.weight_only:
+            return mode.quantizing & ~mode.calibrating
         ready = self.ready.read_value() > 0
         due = mode.quantizing & (mode.calibrating | ~ready)
         data = samples_first(tf.stop_gradient(x), self.layout)
@@ -119,7 +128,7 @@ class LayerQuantizer:
     def _decide(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, int]:
         return activation_parameters(
             DeviceStatistics.to_core(values),
-            self.plan.strategy.activation,
+            self.plan.input_grid,
             layer=self.plan.name,
             method=self.plan.range_method,
         )
@@ -155,6 +164,8 @@ class LayerQuantizer:
             probed = probe(samples_first(tf.cast(x, tf.float32), self.layout), self.layout.input_axis)
             return _relative_error(probed, self.learned_input_scale(mode), *self._bounds())
 
+        if self.weight_only:
+            return weight_error
         return weight_error + classic_cond(mode.training, input_error, lambda: tf.constant(0.0))
 
     def learned_input_scale(self, mode: Mode) -> tf.Tensor:
@@ -181,7 +192,7 @@ class LayerQuantizer:
 
     def _bounds(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the ends of the input's grid, less its zero point, float32."""
-        grid = self.plan.strategy.activation
+        grid = self.plan.input_grid
         zero_point = self.input_zero_point.read_value()
         return tf.cast(grid.qmin - zero_point, tf.float32), tf.cast(grid.qmax - zero_point, tf.float32)
 

@@ -1,0 +1,87 @@
+"""Post-training quantization in one call: calibrate, then round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from dopt_api.errors import CalibrationError
+from dopt_tf.find_layers import graph_of
+from dopt_tf.optimize import quantized, raw_session, set_calibrate_state
+from dopt_tf.rounding import RoundedLayer, round_weights
+
+__all__ = ["post_training"]
+
+Feed = Mapping[Any, Any]
+
+
+def post_training(
+    sess: Any,
+    feeds: Iterable[Feed],
+    *,
+    samples: int = 32,
+    seconds: float | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[RoundedLayer]:
+    """Calibrate a quantized graph and round its weights for its outputs; variables of the session are changed.
+
+    All feeds are looked at once, for the ranges of the activations; the first ``samples`` samples of them serve
+    :func:`dopt_tf.rounding.round_weights`, and are all that is held in memory.
+
+    Args:
+        sess: The session that was given to ``optimize_model``, with the float weights loaded. It is calibrated anew.
+        feeds: What ``sess.run`` is fed with for inference, one for each batch, the model's own training flag included;
+            ``quant_flag`` and ``is_train_flag`` need not be there. Any iterable, passed over once.
+        samples: How many samples the rounding looks at; whole batches are taken until they are reached. More are
+            slower and, up to some hundreds, better.
+        seconds: The time that all of it may take; the calibration is always done, and layers for which no time is left
+            are rounded to nearest.
+        progress: Wraps the feeds and then the layers to show progress, such as ``tqdm.tqdm``.
+
+    Returns:
+        What rounding did to each quantized layer, in the order of the graph.
+
+    Raises:
+        ModelError: The graph is not a quantized one.
+        CalibrationError: There are no feeds, or what a layer saw cannot be quantized.
+
+    Example:
+        One call stands between ``optimize_model`` and the checkpoint::
+
+            report = post_training(sess, ({x: batch} for batch in batches), seconds=600, progress=tqdm.tqdm)
+            tf.compat.v1.train.Saver().save(sess, "quant/model")
+    """
+    begun = time.monotonic()
+    quantization, graph = quantized(sess), graph_of(sess)
+    layers = [graph.get_operation_by_name(name) for name in quantization.sites]
+    coming = iter(progress(feeds))
+    held: list[Feed] = []
+    found = 0
+    for feed in coming:
+        held.append(feed)
+        found += max((len(value) for value in feed.values() if np.ndim(value)), default=1)
+        if found >= samples:
+            break
+    _leave_calibration(sess)  # one that was on is begun anew
+    set_calibrate_state(sess, True)
+    try:
+        mode = quantization.mode
+        for feed in chain(held, coming):
+            raw_session(sess).run(layers, {**feed, mode.quantizing: True, mode.training: False})
+    except BaseException:
+        _leave_calibration(sess)
+        raise
+    set_calibrate_state(sess, False)
+    left = None if seconds is None else seconds - (time.monotonic() - begun)
+    return round_weights(sess, held, seconds=left, progress=progress)
+
+
+def _leave_calibration(sess: Any) -> None:
+    """Switch calibration off, whatever it has seen."""
+    with suppress(CalibrationError):
+        set_calibrate_state(sess, False)
