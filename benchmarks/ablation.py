@@ -12,8 +12,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from benchmarks.workload import THREADS
 from dopt.dopt_torch.opt_main import generate_config_file, optimize_model
 from dopt_api.errors import DoptError
 from dopt_api.quantizer import RANGE_METHODS
+from dopt_torch.equalization import equalize
 from dopt_torch.optimize import set_calibrate_state
 from dopt_torch.rounding import round_weights
 from dopt_torch.running import run
@@ -40,6 +42,8 @@ from examples.efficientnet_lite.data import MissingDataError
 from examples.efficientnet_lite.program import choose_strategy
 
 __all__ = ["main"]
+
+DEFAULT = ["efficientnet-lite0", "all-MiniLM-L6-v2"]
 
 Scores = dict[str, float]
 
@@ -74,18 +78,21 @@ class Recipe:
     """What is done to a network beside quantizing it."""
 
     range_method: str
+    equalization: bool = False
     smoothing: float | None = None
     rounding: bool = False
 
     @property
     def name(self) -> str:
         """For the tables."""
-        more = [f"smoothing {self.smoothing:g}"] if self.smoothing is not None else []
+        more = ["equalization"] if self.equalization else []
+        more += [f"smoothing {self.smoothing:g}"] if self.smoothing is not None else []
         return " + ".join([self.range_method, *more, *(["rounding"] if self.rounding else [])])
 
 
 RECIPES = (
     *(Recipe(method) for method in RANGE_METHODS),
+    Recipe("min_max", equalization=True),
     Recipe("min_max", smoothing=0.5),
     Recipe("min_max", smoothing=0.75),
     Recipe("min_max", rounding=True),
@@ -97,7 +104,9 @@ RECIPES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=DEFAULT)
+    recipes = [recipe.name for recipe in RECIPES]
+    parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, metavar="RECIPE")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: standard output)")
     parser.add_argument("--plot", type=Path, help="picture to draw (needs matplotlib)")
     parser.add_argument("--from", dest="kept", type=Path, help="draw or print what an earlier run wrote; run nothing")
@@ -108,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.kept:
             report = json.loads(options.kept.read_text(encoding="utf-8"))
         else:
-            rows = {name: _ablate(NETWORKS[name](), name, console) for name in options.networks}
+            rows = {name: _ablate(NETWORKS[name](), name, options.recipes, console) for name in options.networks}
             report = {"benchmark": "ablation", "environment": environment(THREADS), "networks": rows}
             write_json(report, options.output)
         for name, found in report["networks"].items():
@@ -121,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _lite0() -> Network:
+def _lite(number: int) -> Network:
     calibration = torch.split(pictures.calibration_set(128), 16)
 
     def judge(found: Tensor, wanted: Tensor) -> Scores:
@@ -133,14 +142,14 @@ def _lite0() -> Network:
         }
 
     return Network(
-        pictures.build_model,
+        partial(pictures.build_model, number),
         pictures.INPUT_SHAPE,
         calibration,
         calibration[:4],
         torch.split(pictures.evaluation_set(200).pictures, 20),
         judge,
         ("Quant_INT8-8", "Quant_INT8-4"),
-        {"Quant_INT8-8": 24.0, "Quant_INT8-4": 10.0},
+        {"Quant_INT8-8": 24.0, "Quant_INT8-4": 10.0} if number == 0 else {},
     )
 
 
@@ -163,10 +172,13 @@ def _minilm() -> Network:
     )
 
 
-NETWORKS: dict[str, Callable[[], Network]] = {"efficientnet-lite0": _lite0, "all-MiniLM-L6-v2": _minilm}
+NETWORKS: dict[str, Callable[[], Network]] = {
+    **{f"efficientnet-lite{number}": partial(_lite, number) for number in range(3)},
+    "all-MiniLM-L6-v2": _minilm,
+}
 
 
-def _ablate(network: Network, name: str, console: Console) -> list[dict[str, Any]]:
+def _ablate(network: Network, name: str, recipes: Collection[str], console: Console) -> list[dict[str, Any]]:
     """Return a row for each strategy and recipe."""
     model = network.build()
     begun = time.monotonic()
@@ -175,7 +187,7 @@ def _ablate(network: Network, name: str, console: Console) -> list[dict[str, Any
     wanted = _outputs(model, network.evaluation)
     rows = []
     for strategy in network.strategies:
-        for recipe in RECIPES:
+        for recipe in [one for one in RECIPES if one.name in recipes]:
             quantized, seconds = _quantize(model, network, strategy, recipe)
             scores = network.judge(_outputs(quantized, network.evaluation), wanted)
             rows.append(
@@ -200,6 +212,8 @@ def _quantize(model: nn.Module, network: Network, strategy: str, recipe: Recipe)
         choose_strategy(file, strategy, recipe.range_method)
         quantized: nn.Module = optimize_model(model, str(file))
     begun = time.monotonic()
+    if recipe.equalization:
+        equalize(quantized)
     if recipe.smoothing is not None:
         smooth(quantized, network.calibration, strength=recipe.smoothing)
     set_calibrate_state(quantized, True)

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from benchmarks.workload import THREADS
 from dopt.dopt_torch.opt_main import generate_config_file, optimize_model
 from dopt_torch.optimize import set_calibrate_state
 from dopt_torch.post_training import post_training
-from dopt_torch.retraining import distillation_loss, fit_weight_scales, freeze_norms, parameter_groups
+from dopt_torch.retraining import fit_weight_scales, parameter_groups
 from examples.efficientnet_lite.program import choose_strategy
 
 __all__ = ["main"]
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four IDX files (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many networks to train (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="of training in float (default: %(default)s)")
-    parser.add_argument("--retraining-epochs", type=int, default=3, help="of retraining (default: %(default)s)")
+    parser.add_argument("--retraining-epochs", type=int, default=8, help="of retraining (default: %(default)s)")
     parser.add_argument("--samples", type=int, help="use only so many pictures of each set")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: standard output)")
     options = parser.parse_args(argv)
@@ -111,7 +111,7 @@ def _run(seed: int, train: Data, test: Data, epochs: int, retraining_epochs: int
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     begun = time.monotonic()
-    _train(model, optimizer, train, epochs, functional.cross_entropy, f"seed {seed}, float", console)
+    _train(model, optimizer, train, epochs, f"seed {seed}, float", console)
     model.eval()
     trained = time.monotonic() - begun
     pictures = torch.split(train[0][torch.randperm(len(train[0]))[:CALIBRATION]], BATCH)
@@ -123,16 +123,9 @@ def _run(seed: int, train: Data, test: Data, epochs: int, retraining_epochs: int
     found["W4A4 rounded"] = _accuracy(rounded, test)
     quantized = _calibrated(model, "Quant_INT4-4", "mse", pictures)
     fit_weight_scales(quantized)
-    freeze_norms(quantized)
-    optimizer = torch.optim.SGD(parameter_groups(quantized, 0.002, weight_decay=5e-4), momentum=0.9, nesterov=True)
-
-    def loss(logits: Tensor, labels: Tensor, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = model(x)
-        return functional.cross_entropy(logits, labels) + distillation_loss(logits, wanted, 2.0)
-
+    optimizer = torch.optim.SGD(parameter_groups(quantized, 0.02, weight_decay=5e-4), momentum=0.9, nesterov=True)
     begun = time.monotonic()
-    _train(quantized, optimizer, train, retraining_epochs, loss, f"seed {seed}, W4A4", console)
+    _train(quantized, optimizer, train, retraining_epochs, f"seed {seed}, W4A4", console)
     found["W4A4 retrained"] = _accuracy(quantized.eval(), test)
     console.print(f"seed {seed}: trained in {trained:.0f} s, retrained in {time.monotonic() - begun:.0f} s, {found}")
     return found
@@ -143,19 +136,16 @@ def _train(
     optimizer: torch.optim.Optimizer,
     data: Data,
     epochs: int,
-    loss: Callable[..., Tensor],
     what: str,
     console: Console,
 ) -> None:
     """Train with a learning rate that falls along a cosine."""
     steps = epochs * -(-len(data[0]) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    needs_input = loss is not functional.cross_entropy
     model.train()
     for x, labels in track(_epochs(data, epochs), what, steps, console=console, transient=True):
         optimizer.zero_grad()
-        logits = model(x)
-        torch.autograd.backward(loss(logits, labels, x) if needs_input else loss(logits, labels))
+        torch.autograd.backward(functional.cross_entropy(model(x), labels))
         optimizer.step()
         schedule.step()
 
