@@ -24,15 +24,13 @@ from dopt_api.files import StrPath
 from dopt_api.formats import convert
 from dopt_api.integer_sums import convolution_sums, matrix_sums
 from dopt_api.params import LayerParams, QuantParams, read_params
+from dopt_api.quantizer.short_sums import overflowing, partners
 
 __all__ = ["LayerCheck", "Verification", "verify"]
 
 Feed = Mapping[str, NDArray[Any]]
 
 MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
-
-PAIR_LIMIT = 128
-"""The greatest sum of two weights whose products with 255 do not overflow 16 bits: 255 * 128 < 2 ** 15."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class LayerCheck:
         cosine: Cosine of its output and the float one.
         clipped: The share of its float inputs that lie beyond its range; 0 where the input stays float.
         hazard: The share of its output channels that have two neighbouring weights of one sign whose products with
-            8-bit data can overflow the 16-bit sums of processors with AVX2 and without VNNI.
+            8-bit data can overflow the 16-bit sums of processors with AVX2 and without VNNI
+            (:mod:`dopt_api.quantizer.short_sums`).
         off: How far its output, in the form as it stands, is from exact integer sums over the same quantized input, at
             most, for the first sample: in units of the accumulator (input scale times weight scale), or of float32's
             last place where that is coarser. 0: the exact sum, rounded. ``None`` where there are no such sums,
@@ -274,16 +273,22 @@ def _sums(
 def _hazards(model: Any, params: QuantParams) -> list[float]:
     """Return for each layer the share of channels in which a pair of neighbouring weights can overflow."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = {node.name: node for node in model.graph.node}
     found = []
     for layer in params.layers:
         if not layer.input.quantized:
             found.append(0.0)
             continue
         integers = numpy_helper.to_array(stored[f"{layer.weight.tensor}/dopt/integers"]).astype(np.int64)
-        rows = np.moveaxis(integers, layer.weight.axis or 0, 0).reshape(integers.shape[layer.weight.axis or 0], -1)
-        rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
-        sums = np.abs(rows[:, 0::2] + rows[:, 1::2])  # of unlike signs, the sum is the smaller for it
-        found.append(float((sums > PAIR_LIMIT).any(axis=1).mean()) if layer.input.bits == 8 else 0.0)
+        node = nodes[layer.node]
+        groups = next((one.i for one in node.attribute if one.name == "group"), 1) if node.op_type == "Conv" else 1
+        rows = np.moveaxis(integers, layer.weight.axis or 0, 0)
+        outputs, channels = len(rows), 1 if rows.ndim < 2 else rows.shape[1]
+        rows = rows.reshape(outputs, -1)
+        taps = rows.shape[1] // channels
+        pairs = partners(groups, outputs // groups, channels, taps, channels_last=False)
+        hazard = 0.0 if pairs is None or layer.input.bits != 8 else float(overflowing(rows, pairs).mean())
+        found.append(hazard)
     return found
 
 

@@ -64,7 +64,8 @@ def test_the_hazard_is_told_from_the_weights(tmp_path, strategy, weights, share)
     model = onnx.load(str(tmp_path / "model.onnx"))
     steps = np.float32(read_params(tmp_path / "quant_params.json").layers[0].weight.scale)
     integers = np.zeros((4, 27), np.float32)
-    integers[:, :5] = weights
+    kernel_order = np.arange(27).reshape(3, 9).T.reshape(-1)  # tap after tap, in each channel after channel
+    integers[:, kernel_order[:5]] = weights
     (tensor,) = (one for one in model.graph.initializer if one.name == "w0")
     tensor.CopyFrom(numpy_helper.from_array((integers * steps[:, None]).reshape(4, 3, 3, 3), "w0"))
     onnx.save(model, str(tmp_path / "model.onnx"))

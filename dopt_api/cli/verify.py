@@ -59,7 +59,8 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
         if any(layer.hazard for layer in found.layers):
             click.echo(
                 "\nhazard: on processors with AVX2 and without VNNI, sums of two products can overflow 16 bits in the\n"
-                "share of channels shown. Give these layers the strategy 'Quant_INT8-7' for such targets."
+                "share of channels shown. For such targets, round the weights with post_training's short_sums=True,\n"
+                "or give these layers the strategy 'Quant_INT8-7'."
             )
     if min_sqnr is not None and not min(found.sqnr_db, found.optimized_db) >= min_sqnr:
         worst = min(found.sqnr_db, found.optimized_db)

@@ -2,7 +2,7 @@
 
 ``grid`` says which integers there are, ``affine`` maps reals to them, ``statistics`` and ``ranges`` choose the scale
 from data, ``smoothing`` evens out channels before that, ``training`` gives the gradients, ``folding`` the batch
-normalization.
+normalization, ``rounding`` rounds a weight for the outputs, ``short_sums`` for kernels with 16-bit sums.
 """
 
 from dopt_api.quantizer.affine import (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dopt_api.errors import NumbersError
 from dopt_api.quantizer.grid import Grid
+from dopt_api.quantizer.short_sums import PAIR_LIMIT, overflowing, within_pairs
 from dopt_api.quantizer.training import gain_of
 
 __all__ = [
@@ -120,6 +122,7 @@ def round_layer(
     *,
     factor: ArrayLike = 1.0,
     damping: float = 0.1,
+    pairs: NDArray[np.intp] | None = None,
 ) -> Rounding:
     """Round a layer so that it gives the float outputs on inputs as they are in the quantized network.
 
@@ -134,6 +137,9 @@ def round_layer(
         grid: The integers; symmetric.
         factor: By which folding multiplied the weight, not 0, of a shape that broadcasts to ``[G, O, 1]``.
         damping: See :func:`round_weight`.
+        pairs: For kernels that add two products in 16 bits, which weights these are
+            (:func:`dopt_api.quantizer.short_sums.partners`): in channels where such a sum can overflow, scales grow
+            and integers stay within what cannot. By default nothing is limited.
 
     Raises:
         NumbersError: A number is NaN or infinite, or a scale is not positive.
@@ -150,11 +156,11 @@ def round_layer(
     w, s, f = (np.asarray(part, np.float64) for part in (weight, scale, factor))
     covariance = moments.covariance()
     wanted = compensated_weight(w, covariance, moments.cross_covariance() * f)
-    fitted = best_scale(wanted, s, covariance, grid)
-    integers: NDArray[np.float64] = round_weight(w, fitted, covariance, grid, wanted=wanted, damping=damping).astype(
-        np.float64
-    )
-    nearest = np.clip(np.rint(w / s[..., None]), grid.qmin, grid.qmax)
+    if pairs is not None:
+        s = _wide_enough(w, s, grid, pairs)
+    fitted = best_scale(wanted, s, covariance, grid, pairs)
+    integers = round_weight(w, fitted, covariance, grid, wanted=wanted, damping=damping, pairs=pairs).astype(np.float64)
+    nearest = _nearest(w, s, grid, pairs)
     errors = [output_error(q * step[..., None] - wanted, covariance) for q, step in ((nearest, s), (integers, fitted))]
     worse = errors[1] > errors[0]
     integers = np.where(worse[..., None], nearest, integers)
@@ -180,6 +186,7 @@ def round_weight(
     *,
     wanted: ArrayLike | None = None,
     damping: float = 0.1,
+    pairs: NDArray[np.intp] | None = None,
 ) -> NDArray[np.int32]:
     r"""Return integers for a weight whose error :math:`e` does least to the output: least :math:`e^T M e`.
 
@@ -198,6 +205,7 @@ def round_weight(
             ``weight``.
         damping: Added to the diagonal of the moments, as a share of its mean: how little the samples are trusted to
             show all that the network will see.
+        pairs: See :func:`round_layer`; what cannot overflow is chosen from.
 
     Returns:
         Integers ``[G, O, K]`` of the grid.
@@ -215,17 +223,18 @@ def round_weight(
     target = w if wanted is None else np.asarray(wanted, np.float64)
     if not (all(np.isfinite(part).all() for part in (w, s, m, target)) and (s > 0).all()):
         raise NumbersError("A weight, scale or moment is NaN or infinite, or a scale is not positive")
-    nearest = np.clip(np.rint(w / s[..., None]), grid.qmin, grid.qmax)
+    nearest = _nearest(w, s, grid, pairs)
     diagonal = np.diagonal(m, axis1=1, axis2=2)
     damped = _damped(m, damping)
     order = np.argsort(-diagonal, axis=1, kind="stable")
+    others = None if pairs is None else _reordered(pairs, order)
     along, across = order[:, None, :], order[:, :, None]
     ordered = np.take_along_axis(np.take_along_axis(damped, across, 1), along, 2)
     upper = np.swapaxes(np.linalg.cholesky(np.linalg.inv(ordered)), 1, 2)
     found = np.empty_like(w)
-    np.put_along_axis(found, along, _rounded(np.take_along_axis(target, along, 2), s, upper, grid), 2)
+    np.put_along_axis(found, along, _rounded(np.take_along_axis(target, along, 2), s, upper, grid, others), 2)
     for _ in range(SWEEPS):
-        _descend(found, target, s, damped, grid)
+        _descend(found, target, s, damped, grid, pairs)
     worse = output_error(found * s[..., None] - target, m) > output_error(nearest * s[..., None] - target, m)
     return np.where(worse[..., None], nearest, found).astype(np.int32)
 
@@ -255,7 +264,13 @@ def compensated_weight(
     return result
 
 
-def best_scale(weight: ArrayLike, scale: ArrayLike, moments: ArrayLike | None, grid: Grid) -> NDArray[np.float64]:
+def best_scale(
+    weight: ArrayLike,
+    scale: ArrayLike,
+    moments: ArrayLike | None,
+    grid: Grid,
+    pairs: NDArray[np.intp] | None = None,
+) -> NDArray[np.float64]:
     """Return scales ``[G, O]``, the given ones times 0.3 to 1: those whose rounding to nearest does the output least.
 
     Args:
@@ -264,13 +279,14 @@ def best_scale(weight: ArrayLike, scale: ArrayLike, moments: ArrayLike | None, g
         moments: ``[G, K, K]``; or ``None`` where the weight itself counts: inputs that have nothing to do with each
             other and are of one size.
         grid: The integers; symmetric.
+        pairs: See :func:`round_layer`.
     """
     w, s = (np.asarray(part, np.float64) for part in (weight, scale))
     found: NDArray[np.float64] = s.copy()
     least = np.full(s.shape, np.inf)
     for shrink in SHRINKS:
         part = s * shrink
-        nearest = np.clip(np.rint(w / part[..., None]), grid.qmin, grid.qmax)
+        nearest = _nearest(w, part, grid, pairs)
         off = nearest * part[..., None] - w
         error = np.sum(off * off, axis=2) if moments is None else output_error(off, moments)
         found, least = np.where(error < least, part, found), np.minimum(error, least)
@@ -291,13 +307,15 @@ def _descend(
     scale: NDArray[np.float64],
     moments: NDArray[np.float64],
     grid: Grid,
+    pairs: NDArray[np.intp] | None,
 ) -> None:
     """Set each integer in turn, in place, to what is best beside the others."""
     gradient = (integers * scale[..., None] - weight) @ moments
     for column in range(weight.shape[2]):
         before = integers[:, :, column].copy()
         step = gradient[:, :, column] / (scale * moments[:, column, column][:, None])
-        integers[:, :, column] = np.clip(np.rint(before - step), grid.qmin, grid.qmax)
+        beside = None if pairs is None or pairs[column] == column else integers[:, :, pairs[column]]
+        integers[:, :, column] = np.clip(np.rint(before - step), *_ends(grid, beside))
         change = (integers[:, :, column] - before) * scale
         gradient += change[..., None] * moments[:, column, None, :]
 
@@ -310,19 +328,64 @@ def output_error(error: ArrayLike, moments: ArrayLike) -> NDArray[np.float64]:
 
 
 def _rounded(
-    weight: NDArray[np.float64], scale: NDArray[np.float64], upper: NDArray[np.float64], grid: Grid
+    weight: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    grid: Grid,
+    others: NDArray[np.intp] | None,
 ) -> NDArray[np.float64]:
-    """Return the integers, column after column; ``upper`` is the factor of the inverse of the moments."""
-    rest, integers = weight.copy(), np.empty_like(weight)
+    """Return the integers, column after column.
+
+    Args:
+        weight: ``[G, O, K]``.
+        scale: ``[G, O]``.
+        upper: The factor of the inverse of the moments, ``[G, K, K]``.
+        grid: The integers.
+        others: Which column each is paired with, ``[G, K]``, or ``None``.
+    """
+    rest, integers = weight.copy(), np.zeros_like(weight)
+    group = np.arange(len(weight))
     columns = weight.shape[2]
     for start in range(0, columns, BLOCK):
         end = min(columns, start + BLOCK)
         errors = np.empty((*weight.shape[:2], end - start))
         for column in range(start, end):
             values = rest[:, :, column]
-            integers[:, :, column] = np.clip(np.rint(values / scale), grid.qmin, grid.qmax)
+            beside = None if others is None else integers[group, :, others[:, column]]
+            integers[:, :, column] = np.clip(np.rint(values / scale), *_ends(grid, beside))
             error = (values - integers[:, :, column] * scale) / upper[:, column, column][:, None]
             rest[:, :, column:end] -= error[:, :, None] * upper[:, None, column, column:end]
             errors[:, :, column - start] = error
         rest[:, :, end:] -= errors @ upper[:, start:end, end:]
     return integers
+
+
+def _ends(grid: Grid, beside: NDArray[np.float64] | None) -> tuple[Any, Any]:
+    """Return the least and the greatest integer, beside those that they are paired with."""
+    if beside is None:
+        return grid.qmin, grid.qmax
+    low = np.maximum(-PAIR_LIMIT - np.minimum(beside, 0), grid.qmin)
+    return low, np.minimum(PAIR_LIMIT - np.maximum(beside, 0), grid.qmax)
+
+
+def _reordered(pairs: NDArray[np.intp], order: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the places of the pairs, ``[G, K]``, where the columns stand in an order ``[G, K]``."""
+    place: NDArray[np.intp] = np.argsort(order, axis=1)
+    return np.take_along_axis(place, pairs[order], 1)
+
+
+def _nearest(
+    weight: NDArray[np.float64], scale: NDArray[np.float64], grid: Grid, pairs: NDArray[np.intp] | None
+) -> NDArray[np.float64]:
+    nearest: NDArray[np.float64] = np.clip(np.rint(weight / scale[..., None]), grid.qmin, grid.qmax)
+    return nearest if pairs is None else within_pairs(nearest, pairs)
+
+
+def _wide_enough(
+    weight: NDArray[np.float64], scale: NDArray[np.float64], grid: Grid, pairs: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """Return scales with which no pair of weights rounded to nearest can overflow; the given ones where none can."""
+    over = overflowing(_nearest(weight, scale, grid, None), pairs)
+    beside = np.where(pairs == np.arange(pairs.size), 0.0, weight[..., pairs])
+    sums = np.where(weight * beside > 0, np.abs(weight + beside), 0.0).max(axis=2, initial=0.0)
+    return np.where(over, np.maximum(scale, sums / (PAIR_LIMIT - 1)), scale)

@@ -10,6 +10,7 @@ import pytest
 import dopt_api
 from dopt_api.errors import ModelError
 from dopt_api.params import read_params
+from dopt_api.quantizer.short_sums import overflowing, partners
 
 
 def test_both_backends_are_listed_without_importing_a_framework():
@@ -90,7 +91,8 @@ def test_a_model_of_the_other_framework_is_refused_by_name():
         dopt_api.generate_config(torch.nn.Linear(2, 2), "x:1,2", backend="tf")
 
 
-def test_rounding_chooses_the_same_integers_in_both(tmp_path):
+@pytest.mark.parametrize(("strategy", "short_sums"), [("Quant_INT8-4", False), ("Quant_INT8-8", True)])
+def test_rounding_chooses_the_same_integers_in_both(tmp_path, strategy, short_sums):
     """Rows of a matrix product are all looked at, so that both backends sum the same moments."""
     import tensorflow as tf
     import torch
@@ -107,9 +109,11 @@ def test_rounding_chooses_the_same_integers_in_both(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)).eval()
     for layer, kernel, bias in zip((model[0], model[2]), kernels, biases, strict=True):
         layer.load_state_dict({"weight": torch.from_numpy(kernel), "bias": torch.from_numpy(bias)})
-    config = choose_all(dopt_api.generate_config(model, "x:1,16", tmp_path / "torch.json"), "Quant_INT8-4")
+    config = choose_all(dopt_api.generate_config(model, "x:1,16", tmp_path / "torch.json"), strategy)
     quantized = dopt_api.optimize(model, config)
-    one = post_training_torch(quantized, [torch.from_numpy(batch) for batch in data], samples=120)
+    one = post_training_torch(
+        quantized, [torch.from_numpy(batch) for batch in data], samples=120, short_sums=short_sums
+    )
     found = [layer.weight.detach().numpy() for layer in (quantized[0], quantized[2])]
     shifted = [layer.bias.detach().numpy() for layer in (quantized[0], quantized[2])]
 
@@ -127,11 +131,16 @@ def test_rounding_chooses_the_same_integers_in_both(tmp_path):
 
     with tf.Graph().as_default(), v1.Session() as sess:
         x = build()
-        config = choose_all(dopt_api.generate_config(sess, None, tmp_path / "tf.json"), "Quant_INT8-4")
+        config = choose_all(dopt_api.generate_config(sess, None, tmp_path / "tf.json"), strategy)
         dopt_api.optimize(sess, config, is_train_flag=False, quant_flag=1)
         sess.run(v1.global_variables_initializer())
-        other = post_training_tf(sess, [{x: batch} for batch in data], samples=120)
+        other = post_training_tf(sess, [{x: batch} for batch in data], samples=120, short_sums=short_sums)
         values = sess.run({variable.op.name: variable for variable in v1.global_variables()})
+    for layer, kernel, weight in zip((quantized[0], quantized[2]), kernels, found, strict=True):
+        pairs = partners(1, *kernel.shape, 1, channels_last=True)
+        scale = layer.dopt_quantizer.learned_weight_scale(layer.weight).detach().numpy().reshape(-1, 1)
+        assert not (short_sums and overflowing(np.rint(weight / scale), pairs).any())
+        assert overflowing(np.rint(127 * kernel / np.abs(kernel).max(1, keepdims=True)), pairs).any()
     for number, (first, second) in enumerate(zip(one, other, strict=True)):
         assert (first.reason, second.reason) == ("", "")
         assert first.rounded == pytest.approx(second.rounded, rel=0.02)

@@ -10,7 +10,11 @@ from graphs import batch_norm, flags, images, randomize, session, small_net, sqn
 from dopt.dopt_tf.opt_main import generate_final_model, optimize_model, set_calibrate_state
 from dopt_api.errors import CalibrationError, ModelError
 from dopt_api.params import read_params
+from dopt_api.quantizer import learned_scale
+from dopt_api.quantizer.short_sums import overflowing, partners
 from dopt_tf.optimize import quantized
+from dopt_tf.post_training import post_training
+from dopt_tf.quantizer import SCOPE
 from dopt_tf.rounding import _roundings, round_weights
 from dopt_tf.running import Runner
 
@@ -51,6 +55,25 @@ def test_the_outputs_come_nearer_to_float_on_other_data(calibrated, resource, st
         assert [layer.name for layer in report] == ["conv1/Conv2D", "conv2/depthwise", "fc/MatMul"]
         assert all(layer.reason == "" and 0 < layer.rounded <= layer.nearest < 1 for layer in report)
         assert sqnr(exact, made.run(1)) > sqnr(exact, before) + gain
+
+
+@pytest.mark.parametrize("short_sums", [True, False])
+def test_short_sums_overflow_in_no_channel(calibrated, short_sums):
+    with session(small_net) as (sess, built):
+        made = calibrated(sess, built, "Quant_INT8-8", calibrate=False)
+        variables = {variable.op.name: variable for variable in v1.global_variables()}
+        for name in ("conv1/kernel", "fc/kernel"):  # neighbours of one sign
+            variables[name].load(np.abs(sess.run(variables[name])) + 0.1, sess)
+        post_training(sess, made.feeds, short_sums=short_sums)
+        over = {}
+        for name, layer in (("conv1/kernel", "conv1/Conv2D"), ("fc/kernel", "fc/MatMul")):
+            weight, gain = sess.run([variables[name], variables[f"{SCOPE}/{layer}/weight_gain"]])
+            *window, inputs, outputs = weight.shape
+            rows = weight.reshape(-1, outputs).T
+            integers = np.rint(rows / learned_scale(np.abs(rows).max(1) / 127, gain)[:, None])
+            pairs = partners(1, outputs, inputs, int(np.prod(window)), channels_last=True)
+            over[layer] = overflowing(integers, pairs).mean()
+        assert over == {"conv1/Conv2D": 0.0, "fc/MatMul": 0.0} if short_sums else min(over.values()) > 0.5
 
 
 def test_the_mean_of_the_outputs_is_that_of_float(calibrated):

@@ -15,6 +15,7 @@ from dopt_api.errors import CalibrationError, ModelError
 from dopt_api.params import read_params
 from dopt_api.quantizer import rounding as core
 from dopt_api.strategy import STRATEGIES
+from dopt_api.verify import verify
 from dopt_torch import rounding
 from dopt_torch.rounding import round_weights
 
@@ -42,7 +43,7 @@ def test_exporting_gives_the_integers_and_scales_that_were_chosen(make, tmp_path
     real = core.round_weight
     monkeypatch.setattr(core, "round_weight", spy)
     if not search:
-        monkeypatch.setattr(core, "best_scale", lambda weight, scale, moments, grid: scale * 1.2)
+        monkeypatch.setattr(core, "best_scale", lambda weight, scale, *_: scale * 1.2)
     model = make(strategy=strategy)
     round_weights(model, batches(), positions=32)
     torch.save(model.state_dict(), tmp_path / "rounded.pth")
@@ -63,6 +64,28 @@ def test_exporting_gives_the_integers_and_scales_that_were_chosen(make, tmp_path
         kept += list(np.abs(found[same]).max(axis=1).round())
     assert len(kept) >= (56 if search else 10)
     assert search or max(kept) < STRATEGIES[strategy].weight.qmax
+
+
+@pytest.mark.parametrize("short_sums", [True, False])
+def test_short_sums_overflow_in_no_channel(make, tmp_path, short_sums):
+    net = Net().eval()
+    with torch.no_grad():
+        net.wide.weight.abs_().add_(0.2)  # neighbours of one sign
+        net.head.weight[0].abs_().add_(0.2)
+    model = make(net, strategy="Quant_INT8-8").eval()
+    report = round_weights(model, batches(), positions=32, short_sums=short_sums)
+    assert all(layer.reason == "" and layer.rounded <= layer.nearest for layer in report)
+    assert sqnr(model, net, batches(seed=9)) > 25
+    torch.save(model.state_dict(), tmp_path / "rounded.pth")
+    generate_final_model(net, str(tmp_path / "config.json"), str(tmp_path / "rounded.pth"), str(tmp_path))
+    found = verify(tmp_path / "quant_params.json", [{"x": batches(1, 1)[0].numpy()}])
+    hazards = {layer.name: layer.hazard for layer in found.layers}
+    assert hazards["deep/Conv2D"] == 0.0  # depthwise
+    if short_sums:
+        assert not any(hazards.values())
+    else:
+        assert hazards["wide/Conv2D"] > 0.9
+        assert hazards["head/Linear"] > 0.0
 
 
 def test_the_mean_of_the_outputs_is_that_of_float(make):

@@ -25,6 +25,7 @@ def post_training(
     feeds: Iterable[Feed],
     *,
     samples: int = 32,
+    short_sums: bool = False,
     seconds: float | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[RoundedLayer]:
@@ -39,6 +40,7 @@ def post_training(
             ``quant_flag`` and ``is_train_flag`` need not be there. Any iterable, passed over once.
         samples: How many samples the rounding looks at; whole batches are taken until they are reached. More are
             slower and, up to some hundreds, better.
+        short_sums: For processors with AVX2 and without VNNI; see :func:`~dopt_tf.rounding.round_weights`.
         seconds: The time that all of it may take; the calibration is always done, and layers for which no time is left
             are rounded to nearest.
         progress: Wraps the feeds and then the layers to show progress, such as ``tqdm.tqdm``.
@@ -78,7 +80,7 @@ def post_training(
         raise
     set_calibrate_state(sess, False)
     left = None if seconds is None else seconds - (time.monotonic() - begun)
-    return round_weights(sess, held, seconds=left, progress=progress)
+    return round_weights(sess, held, short_sums=short_sums, seconds=left, progress=progress)
 
 
 def _leave_calibration(sess: Any) -> None:

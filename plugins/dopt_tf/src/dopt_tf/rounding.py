@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from dopt_api.quantizer import extremes, learned_scale, scale_zero_point
 from dopt_api.quantizer.rounding import Moments, RoundedLayer, round_layer
+from dopt_api.quantizer.short_sums import partners
 from dopt_tf.find_layers import Layer
 from dopt_tf.layer_kinds import channelwise_shape
 from dopt_tf.quantizer import restore_values
@@ -33,6 +36,7 @@ def round_weights(
     *,
     positions: int = 128,
     damping: float = 0.3,
+    short_sums: bool = False,
     seed: int = 0,
     seconds: float | None = None,
     progress: Progress = iter,
@@ -55,6 +59,8 @@ def round_weights(
             ``quant_flag`` and ``is_train_flag`` need not be there: both paths are run, as inference.
         positions: How many positions of each sample's output are looked at.
         damping: See :func:`~dopt_api.quantizer.rounding.round_weight`.
+        short_sums: For kernels that add two products in 16 bits, as on processors with AVX2 and without VNNI: in the
+            channels in which such a sum can overflow, the weights are rounded to a range in which none can.
         seed: Of the positions.
         seconds: After that time, layers that are left stay rounded to nearest, and are listed with that reason.
         progress: Wraps the list of layers to show progress, such as ``tqdm.tqdm``.
@@ -79,7 +85,7 @@ def round_weights(
                 rounding.reason = rounding.reason or "no time was left for it"
             if not rounding.reason:
                 _sample_quantized(runner, rounding, data)
-            rounding.conclude(runner, damping)
+            rounding.conclude(runner, damping, short_sums)
     return [rounding.result for rounding in roundings]
 
 
@@ -109,7 +115,7 @@ class _Rounding:
         """Return a weight as ``[G, O, K]``: groups, output channels of a group, and what each sums over."""
         return self.sampler.rows(weight)
 
-    def conclude(self, runner: Runner, damping: float) -> None:
+    def conclude(self, runner: Runner, damping: float, short_sums: bool) -> None:
         """Round the weight and correct the bias."""
         name = self.site.quantizer.plan.name
         if not self.reason and not self.moments.count:
@@ -126,7 +132,8 @@ class _Rounding:
         flat = folded.reshape(-1, rows.shape[2])
         derived, _ = scale_zero_point(*extremes(flat, 0), grid)
         scale = learned_scale(derived, gain).reshape(rows.shape[:2])
-        found = round_layer(folded, scale, self.moments, grid, factor=on, damping=damping)
+        pairs = self.sampler.pairs(weight.shape) if short_sums and quantizer.plan.input_grid.bits == 8 else None
+        found = round_layer(folded, scale, self.moments, grid, factor=on, damping=damping, pairs=pairs)
         changes = [
             (self.weight, self.sampler.back(found.weight, weight.shape)),
             (quantizer.weight_gain, found.gain),
@@ -170,6 +177,16 @@ class _Sampler:
         if self.op.type == "DepthwiseConv2dNative":
             return np.transpose(np.reshape(rows, (inputs, outputs, height, width)), (2, 3, 0, 1))
         return np.transpose(np.reshape(rows, (outputs, height, width, inputs)), (1, 2, 3, 0))
+
+    def pairs(self, shape: tuple[int, ...]) -> NDArray[np.intp] | None:
+        """Return which weights of a row short sums pair."""
+        if self.op.type == "MatMul":
+            return partners(1, 1, math.prod(shape) // shape[self.layer.layout.weight_axis], 1, channels_last=True)
+        height, width, inputs, outputs = shape
+        if self.op.type == "DepthwiseConv2dNative":
+            return partners(inputs, outputs, 1, height * width, channels_last=True)
+        groups = self._groups(inputs)
+        return partners(groups, outputs // groups, inputs, height * width, channels_last=True)
 
     def patches(self, x: Array, shape: tuple[int, ...]) -> Array:
         """Return ``[N, G, K]`` of a batch of inputs.

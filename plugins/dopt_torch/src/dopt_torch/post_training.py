@@ -27,6 +27,7 @@ def post_training(
     *,
     samples: int = 32,
     smoothing: float | None = None,
+    short_sums: bool = False,
     seconds: float | None = None,
     resume: StrPath | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -45,6 +46,7 @@ def post_training(
             slower and, up to some hundreds, better.
         smoothing: For transformers: the strength with which outliers of activations go over to the weights before
             calibration, such as 0.75. By default there is no smoothing.
+        short_sums: For processors with AVX2 and without VNNI; see :func:`~dopt_torch.rounding.round_weights`.
         seconds: The time that all of it may take; the calibration is always done, and layers for which no time is left
             are rounded to nearest.
         resume: A file that keeps what is done; see :func:`~dopt_torch.rounding.round_weights`.
@@ -88,7 +90,7 @@ def post_training(
         raise
     set_calibrate_state(model, False)
     left = None if seconds is None else seconds - (time.monotonic() - begun)
-    return round_weights(model, held, seconds=left, resume=resume, progress=progress)
+    return round_weights(model, held, short_sums=short_sums, seconds=left, resume=resume, progress=progress)
 
 
 def _leave_calibration(model: nn.Module) -> None:

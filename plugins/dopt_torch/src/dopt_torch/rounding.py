@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from torch.nn import functional
 from dopt_api.errors import CalibrationError, never_calibrated
 from dopt_api.files import StrPath
 from dopt_api.quantizer.rounding import Moments, RoundedLayer, round_layer
+from dopt_api.quantizer.short_sums import partners
 from dopt_torch.checkpoint import KeptWork
 from dopt_torch.layer_kinds import on_weight
 from dopt_torch.optimize import root_of
@@ -41,6 +43,7 @@ def round_weights(
     *,
     positions: int = 128,
     damping: float = 0.3,
+    short_sums: bool = False,
     seed: int = 0,
     seconds: float | None = None,
     resume: StrPath | None = None,
@@ -63,6 +66,8 @@ def round_weights(
         batches: Inputs as the model takes them: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
         positions: How many positions of each sample's output are looked at.
         damping: See :func:`~dopt_api.quantizer.rounding.round_weight`.
+        short_sums: For kernels that add two products in 16 bits, as on processors with AVX2 and without VNNI: in the
+            channels in which such a sum can overflow, the weights are rounded to a range in which none can.
         seed: Of the positions.
         seconds: After that time, layers that are left stay rounded to nearest, and are listed with that reason.
         resume: A file that keeps what is done, layer by layer. If a call was interrupted, the same call with the same
@@ -84,7 +89,7 @@ def round_weights(
     if not data:
         raise CalibrationError("There are no batches", expected="one or more inputs of the model")
     roundings = _roundings(root, positions, seed)
-    kept = None if resume is None else KeptWork(Path(resume), root, [len(data), positions, damping, seed])
+    kept = None if resume is None else KeptWork(Path(resume), root, [len(data), positions, damping, short_sums, seed])
     with torch.no_grad(), evaluation(model), _kept_on_failure(root):
         _sample_float(model, data, roundings)
         done = [] if kept is None else [RoundedLayer(*row) for row in kept.restore()]
@@ -97,7 +102,7 @@ def round_weights(
                 with _sampling([rounding], "sample_quantized"):
                     for batch in data:
                         _run_until(model, batch, rounding)
-            rounding.conclude(damping)
+            rounding.conclude(damping, short_sums)
             if kept is not None:
                 kept.keep([astuple(earlier.result) for earlier in roundings[: number + 1]])
     if kept is not None:
@@ -272,7 +277,7 @@ class _Rounding:
         sampled = None if self.reason or call is None or not x.numel() else self.sampler.patches(call)
         return result.as_subclass(Tensor), sampled
 
-    def conclude(self, damping: float) -> None:
+    def conclude(self, damping: float, short_sums: bool) -> None:
         """Round the weight and correct the bias."""
         if not self.reason and not self.moments.count:
             self.reason = "no batch reached it"
@@ -292,12 +297,27 @@ class _Rounding:
             part.double().cpu().numpy().reshape(shape)
             for part in (folded, self.quantizer.learned_weight_scale(folded), on)
         )
-        found = round_layer(w, s[..., 0], self.moments, grid, factor=f, damping=damping)
+        found = round_layer(
+            w,
+            s[..., 0],
+            self.moments,
+            grid,
+            factor=f,
+            damping=damping,
+            pairs=self._pairs(groups) if short_sums else None,
+        )
         rounded = torch.from_numpy(found.weight).reshape(weight.shape).to(weight.device)
         weight.copy_(rounded / self.quantizer.smooth_weight(torch.ones_like(weight)))
         self.quantizer.weight_gain.copy_(torch.from_numpy(found.gain).to(self.quantizer.weight_gain))
         self._correct(torch.from_numpy(found.shift))
         self.result = RoundedLayer(self.quantizer.plan.name, found.nearest, found.rounded)
+
+    def _pairs(self, groups: int) -> Any:
+        """Return which weights short sums pair, where the input has 8 bits."""
+        if self.quantizer.plan.input_grid.bits != 8:
+            return None
+        outputs, channels, *window = self.layer.weight.shape  # type: ignore[misc]  # a quantized layer has a weight
+        return partners(groups, outputs // groups, channels, math.prod(window), channels_last=False)
 
     def _correct(self, shift: Tensor) -> None:
         """Let the bias, or the running mean of the normalization, take up what the mean of the output moved by."""
