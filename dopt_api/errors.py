@@ -21,6 +21,7 @@ __all__ = [
     "NumbersError",
     "OutputError",
     "ParamsError",
+    "PlotError",
     "SearchError",
     "StrategyError",
     "closest",
@@ -134,6 +135,10 @@ class FormatError(DoptError):
 
 class SearchError(DoptError):
     """There is no choice of strategies as asked for."""
+
+
+class PlotError(DoptError):
+    """A picture cannot be drawn: there is nothing to draw, its format is unknown, or a package is missing."""
 
 
 class ParamsError(DoptError):

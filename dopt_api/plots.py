@@ -1,4 +1,4 @@
-"""Pictures of sensitivities and trade-offs. They need the extra ``plots`` (Matplotlib)."""
+"""Pictures of sensitivities, trade-offs and verifications. They need the extra ``plots`` (Matplotlib)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dopt_api.errors import SearchError
+from dopt_api.errors import PlotError
 from dopt_api.files import StrPath, staged
 from dopt_api.search import Choice, Point
 from dopt_api.strategy import FLOAT
@@ -15,7 +15,9 @@ from dopt_api.strategy import FLOAT
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_sensitivity", "plot_trade_off"]
+    from dopt_api.verify import Verification
+
+__all__ = ["plot_sensitivity", "plot_trade_off", "plot_verification"]
 
 
 def plot_trade_off(
@@ -33,7 +35,7 @@ def plot_trade_off(
         The file.
 
     Raises:
-        SearchError: There is nothing to draw, or Matplotlib is not installed.
+        PlotError: There is nothing to draw, or Matplotlib is not installed.
         OutputError: The file cannot be written.
 
     Example:
@@ -44,9 +46,7 @@ def plot_trade_off(
     """
     shown = [point for point in points if point.damage > 0]
     if not shown:
-        raise SearchError(
-            "There is no point with damage to draw", expected="points of trade_off, not all of them float"
-        )
+        raise PlotError("There is no point with damage to draw", expected="points of trade_off, not all of them float")
     figure = _figure(6.4, 4.4)
     axis = figure.subplots()
     ordered = sorted(shown, key=lambda point: point.cost)
@@ -71,12 +71,12 @@ def plot_sensitivity(choices: Iterable[Choice], file: StrPath, *, most: int = 40
         The file.
 
     Raises:
-        SearchError: There is nothing to draw, or Matplotlib is not installed.
+        PlotError: There is nothing to draw, or Matplotlib is not installed.
         OutputError: The file cannot be written.
     """
     shown = [choice for choice in choices if choice.strategy != FLOAT and choice.damage > 0]
     if not shown:
-        raise SearchError("There is no damage to draw", expected="choices of layers with strategies other than 'float'")
+        raise PlotError("There is no damage to draw", expected="choices of layers with strategies other than 'float'")
     greatest: dict[str, float] = {}
     for choice in shown:
         greatest[choice.layer] = max(greatest.get(choice.layer, 0.0), choice.damage)
@@ -96,6 +96,47 @@ def plot_sensitivity(choices: Iterable[Choice], file: StrPath, *, most: int = 40
     return _write(figure, file)
 
 
+def plot_verification(found: Verification, file: StrPath) -> Path:
+    """Draw how near to float each layer's output is, in execution order, and in how many channels sums can overflow.
+
+    Args:
+        found: What :func:`dopt_api.verify.verify` returned.
+        file: The picture to write, its format by its name.
+
+    Returns:
+        The file.
+
+    Raises:
+        PlotError: There is nothing to draw, or Matplotlib is not installed.
+        OutputError: The file cannot be written.
+    """
+    if not found.layers:
+        raise PlotError("There is no quantized layer to draw", expected="a verification of one layer or more")
+    places = range(len(found.layers))
+    figure = _figure(8.4, 1.6 + 0.2 * len(found.layers))
+    ratio, overflow = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+    shown = [
+        (one.sqnr_db, place) for place, one in zip(places, found.layers, strict=True) if math.isfinite(one.sqnr_db)
+    ]
+    ratio.plot([db for db, _ in shown], [place for _, place in shown], "o-", label="layer")
+    for db, label, color in (
+        (found.sqnr_db, "outputs, as it stands", "#2a2"),
+        (found.optimized_db, "outputs, optimized", "#c44"),
+    ):
+        if math.isfinite(db):
+            ratio.axvline(db, label=f"{label}: {db:.1f} dB", color=color, linestyle="--")
+    ratio.set_yticks(places, [one.name for one in found.layers], fontsize=7)
+    ratio.invert_yaxis()
+    ratio.set(xlabel="SQNR against float [dB]", title="Integer model, layer by layer")
+    overflow.barh(places, [100 * one.hazard for one in found.layers], color="#c84")
+    overflow.set(xlabel="channels [%]", title="16-bit sums can overflow", xlim=(0, 100))
+    overflow.title.set_fontsize(9)
+    for axis in (ratio, overflow):
+        axis.grid(alpha=0.3)
+    ratio.legend(fontsize=8)
+    return _write(figure, file)
+
+
 def _db(damage: float) -> float:
     return -10 * math.log10(damage)
 
@@ -104,7 +145,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  # an extra, and slow to import
     except ModuleNotFoundError as error:
-        raise SearchError(
+        raise PlotError(
             "Pictures need Matplotlib, which is not installed", fix="pip install 'dopt-api[plots]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
@@ -115,7 +156,7 @@ def _write(figure: Figure, file: StrPath) -> Path:
     path = Path(file)
     known = figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
-        raise SearchError(
+        raise PlotError(
             f"Pictures cannot be written as {path.suffix or path.name!r}",
             where=str(path),
             expected=f"a name that ends in one of {', '.join(f'.{one}' for one in sorted(known))}",

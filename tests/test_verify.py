@@ -101,6 +101,11 @@ def test_the_command_shows_the_worst_first_and_fails_below_a_bound(tmp_path):
     content = json.loads(call(tmp_path, "--data", tmp_path / "x.npz", "--json").output)
     assert [layer["name"] for layer in content["layers"]] == ["layer0", "layer1"]
     np.savez(tmp_path / "zeros.npz", x0=np.zeros((1, 3, 6, 6), np.float32))
+    assert call(tmp_path, "--data", tmp_path / "x.npz", "--picture", tmp_path / "layers.svg").exit_code == 0
+    assert "<svg" in (tmp_path / "layers.svg").read_text()
+    result = call(tmp_path, "--data", tmp_path / "x.npz", "--picture", tmp_path / "layers.doc")
+    assert result.exit_code == 1
+    assert "cannot be written as '.doc'" in result.output
     nothing = call(tmp_path, "--data", tmp_path / "zeros.npz", "--json").output
     assert "Infinity" not in nothing
     assert json.loads(nothing)["kernels_db"] is None

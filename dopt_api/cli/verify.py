@@ -25,11 +25,14 @@ __all__ = ["command"]
     type=click.Path(path_type=Path),
     help="An .npz file with an array for each input of the model.  [default: made up]",
 )
+@click.option(
+    "--picture", type=click.Path(path_type=Path), help="A picture to draw: .png, .svg or .pdf (needs Matplotlib)."
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Exit with status 1 below so many dB at the outputs.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print what was found as JSON; null for dB where nothing differs."
 )
-def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bool) -> None:
+def command(params: Path, data: Path | None, picture: Path | None, min_sqnr: float | None, as_json: bool) -> None:
     """Run an export in float and in integers and compare, layer by layer, most damaged first.
 
     PARAMS is the quant_params.json of an export, with its ONNX model beside it, or the folder of both.
@@ -42,6 +45,10 @@ def command(params: Path, data: Path | None, min_sqnr: float | None, as_json: bo
         ) from error
     file = params / "quant_params.json" if params.is_dir() else params
     found = verify(file, None if data is None else [_arrays(data)])
+    if picture is not None:
+        from dopt_api.plots import plot_verification  # noqa: PLC0415  # an extra
+
+        plot_verification(found, picture)
     if as_json:
         click.echo(json.dumps(_finite(asdict(found)), indent=2, allow_nan=False))
     else:
