@@ -1,7 +1,10 @@
 """What third parties add without a backend: an entry point, whose name is the name by which it is asked for.
 
 The group says what it is: ``dopt.strategies`` for a :class:`dopt_api.strategy.Strategy`, ``dopt.ranges`` for a function
-from statistics and grid to a range, ``dopt.formats`` for a writer (:mod:`dopt_api.formats`). Names are listed without
+from statistics and grid to a range, ``dopt.formats`` for a writer (:mod:`dopt_api.formats`). ``dopt.post_training`` has
+what ``dopt quantize`` calls for models of the backend of that name: a function of the model, the strategy file, the
+batches and a folder for the checkpoint, and of the keywords ``samples``, ``short_sums``, ``seconds`` and ``progress``,
+that returns the checkpoint and a list of :class:`dopt_api.quantizer.rounding.RoundedLayer`. Names are listed without
 importing anything; only what is asked for is loaded.
 
 Example:
@@ -19,11 +22,12 @@ from typing import Any
 
 from dopt_api.errors import ExtensionError
 
-__all__ = ["FORMATS", "RANGES", "STRATEGIES", "load", "names"]
+__all__ = ["FORMATS", "POST_TRAINING", "RANGES", "STRATEGIES", "load", "names"]
 
 STRATEGIES = "dopt.strategies"
 RANGES = "dopt.ranges"
 FORMATS = "dopt.formats"
+POST_TRAINING = "dopt.post_training"
 
 
 def names(group: str, own: Collection[str]) -> tuple[str, ...]:

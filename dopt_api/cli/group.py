@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "dopt_api.cli.doctor",
     "new-backend": "dopt_api.cli.new_backend",
     "params": "dopt_api.cli.params",
+    "quantize": "dopt_api.cli.quantize",
     "verify": "dopt_api.cli.verify",
 }
 """The module of each command. It has the command under the name ``command``, and imports what is slow inside it."""

@@ -51,3 +51,95 @@ def test_the_installation_is_sound(project):
     rows = {row["what"]: row for row in json.loads(result.stdout)}
     assert rows["backend torch"]["state"] == "ok"
     assert rows["import dopt"]["state"] == "ok"
+
+
+DATA = """
+
+import torch
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        yield torch.randn(4, 3, 8, 8, generator=generator)
+
+def nothing():
+    return []
+"""
+
+WEIGHTS = """
+def trained():
+    torch.manual_seed(0)
+    return build()
+"""
+
+KILLED = """
+import signal
+from dopt_torch import checkpoint, rounding
+from dopt_api.cli.group import dopt
+
+checkpoint.KeptWork._SECONDS = -1.0
+real = rounding._Rounding.conclude
+
+def conclude(self, *arguments):
+    if self.quantizer.plan.name == "2/Linear":
+        signal.raise_signal(signal.SIGKILL)
+    real(self, *arguments)
+
+rounding._Rounding.conclude = conclude
+dopt()
+"""
+
+QUANTIZE = ("quantize", "my_models:trained", "config.json", "out", "--data", "my_data:batches")
+
+
+@pytest.fixture
+def chosen(project):
+    """A project with weights, data, and a strategy file that quantizes every layer."""
+    (project / "my_models.py").write_text(MODELS + WEIGHTS)
+    (project / "my_data.py").write_text(DATA)
+    assert dopt(project, "config", "set", "config.json", "--strategy", "Quant_INT8-4").returncode == 0
+    return project
+
+
+def test_one_command_leads_from_the_float_model_to_the_files(chosen):
+    result = dopt(chosen, *QUANTIZE, "--format", "onnx_qdq", "--format", "csv", "--dynamic-batch")
+    assert result.returncode == 0, result.stderr
+    assert "2 layers quantized, the weights of 2 rounded for the outputs" in result.stdout
+    names = ["checkpoint", "model.onnx", "model.qdq.onnx", "quant_params.csv", "quant_params.json", "quantization.json"]
+    assert sorted(file.name for file in (chosen / "out").iterdir()) == names
+    assert [file.name for file in (chosen / "out" / "checkpoint").iterdir()] == ["quantized.pth"]
+    assert all(f"out/{name}" in result.stdout for name in names[1:])
+    report = json.loads((chosen / "out" / "quantization.json").read_text())
+    assert [layer["name"] for layer in report["layers"]] == ["0/Conv2D", "2/Linear"]
+    assert all(0 < layer["rounded"] <= layer["nearest"] < 1 for layer in report["layers"])
+    checked = dopt(chosen, "verify", "out", "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert min(layer["sqnr_db"] for layer in json.loads(checked.stdout)["layers"]) > 10
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(chosen):
+    assert dopt(chosen, *QUANTIZE).returncode == 0
+    wanted = {file.name: file.read_bytes() for file in (chosen / "out").glob("*.*")}
+    (chosen / "killed.py").write_text(KILLED)
+    arguments = ["again" if one == "out" else one for one in QUANTIZE]
+    killed = subprocess.run([sys.executable, "killed.py", *arguments], cwd=chosen, capture_output=True, check=False)
+    assert killed.returncode < 0
+    assert [file.name for file in (chosen / "again").rglob("*.*")] == ["unfinished.pth"]
+    assert dopt(chosen, *arguments).returncode == 0
+    assert {file.name: file.read_bytes() for file in (chosen / "again").glob("*.*")} == wanted
+
+
+def test_what_cannot_be_quantized_is_said_before_anything_is_written(chosen):
+    for change, what in (
+        ({"my_data:batches": "my_data:nothing"}, "has seen no data"),
+        ({"my_data:batches": "my_data:missing"}, "'my_data' has no function 'missing'"),
+        ({"my_models:trained": "my_models:other"}, "The model has no layer '2/Linear'"),
+        ({"quantize": "quantize --format=cvs"}, "Did you mean 'csv'?"),
+    ):
+        arguments = " ".join(change.get(one, one) for one in QUANTIZE).split()
+        result = dopt(chosen, *arguments)
+        assert (result.returncode, what in result.stderr) == (1, True), result.stderr
+        assert "Traceback" not in result.stderr
+        assert not [file for file in (chosen / "out").rglob("*.*") if file.is_file()]
+    assert dopt(chosen, "config", "set", "config.json", "--strategy", "float").returncode == 0
+    assert "Every layer in config.json is 'float'" in dopt(chosen, *QUANTIZE).stderr

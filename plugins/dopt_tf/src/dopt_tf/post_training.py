@@ -6,16 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from dopt_api.errors import CalibrationError
+from dopt_api import facade
+from dopt_api.errors import CalibrationError, ModelError
+from dopt_api.files import staged
 from dopt_tf.find_layers import graph_of
 from dopt_tf.optimize import quantized, raw_session, set_calibrate_state
+from dopt_tf.quantizer import restore_values
 from dopt_tf.rounding import RoundedLayer, round_weights
 
-__all__ = ["post_training"]
+__all__ = ["post_training", "quantize"]
 
 Feed = Mapping[Any, Any]
 
@@ -81,6 +86,59 @@ def post_training(
     set_calibrate_state(sess, False)
     left = None if seconds is None else seconds - (time.monotonic() - begun)
     return round_weights(sess, held, short_sums=short_sums, seconds=left, progress=progress)
+
+
+def quantize(
+    sess: Any,
+    config_file: Path,
+    feeds: Iterable[Feed],
+    folder: Path,
+    *,
+    samples: int,
+    short_sums: bool,
+    seconds: float | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> tuple[Path, list[RoundedLayer]]:
+    """Quantize the graph of a session by :func:`post_training` and write the checkpoint: what ``dopt quantize`` calls.
+
+    Args:
+        sess: A session of the float graph with the weights loaded; its graph is rewritten.
+        config_file: The strategy file.
+        feeds: See :func:`post_training`, as the arguments that follow; tensors may be named by text, as ``"x:0"``.
+        folder: For the checkpoint.
+        samples: Of the rounding.
+        short_sums: For kernels with 16-bit sums.
+        seconds: The time.
+        progress: Shows it.
+
+    Returns:
+        The checkpoint's prefix, and what rounding did to each layer.
+
+    Raises:
+        ModelError: A variable has no value.
+    """
+    v1, graph = tf.compat.v1, graph_of(sess)
+    with (
+        graph.as_default(),
+        v1.Session(graph=graph) as fresh,
+    ):  # a session that has run a graph cannot have it rewritten
+        variables = v1.global_variables()
+        try:
+            values = raw_session(sess).run(variables)
+        except tf.errors.FailedPreconditionError as error:
+            raise ModelError(
+                "The session has variables without a value",
+                where=str(error).splitlines()[0][:200],
+                expected="a session with the weights of the trained graph",
+                fix="Restore them (tf.compat.v1.train.Saver) in the function that returns the session.",
+            ) from error
+        facade.optimize(fresh, config_file, is_train_flag=False, quant_flag=1, backend="tf")
+        restore_values(fresh, zip(variables, values, strict=True))
+        report = post_training(fresh, feeds, samples=samples, short_sums=short_sums, seconds=seconds, progress=progress)
+        with staged(folder) as aside:
+            saver = v1.train.Saver(v1.global_variables())
+            saver.save(fresh, str(aside / "quantized"), write_meta_graph=False, write_state=False)
+    return folder / "quantized", report
 
 
 def _leave_calibration(sess: Any) -> None:

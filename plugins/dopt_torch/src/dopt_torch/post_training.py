@@ -6,19 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dopt_api import facade
 from dopt_api.errors import CalibrationError
-from dopt_api.files import StrPath
+from dopt_api.files import StrPath, staged
 from dopt_torch.optimize import set_calibrate_state
 from dopt_torch.rounding import RoundedLayer, round_weights
 from dopt_torch.running import run
 from dopt_torch.smoothing import smooth
 
-__all__ = ["post_training"]
+__all__ = ["post_training", "quantize"]
 
 
 def post_training(
@@ -91,6 +93,47 @@ def post_training(
     set_calibrate_state(model, False)
     left = None if seconds is None else seconds - (time.monotonic() - begun)
     return round_weights(model, held, short_sums=short_sums, seconds=left, resume=resume, progress=progress)
+
+
+def quantize(
+    model: nn.Module,
+    config_file: Path,
+    batches: Iterable[Any],
+    folder: Path,
+    *,
+    samples: int,
+    short_sums: bool,
+    seconds: float | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> tuple[Path, list[RoundedLayer]]:
+    """Quantize a float model by :func:`post_training` and write the checkpoint: what ``dopt quantize`` calls.
+
+    Args:
+        model: The float model; unchanged.
+        config_file: The strategy file.
+        batches: See :func:`post_training`, as the arguments that follow.
+        folder: For the checkpoint and, meanwhile, for what is done; an interrupted call goes on from there.
+        samples: Of the rounding.
+        short_sums: For kernels with 16-bit sums.
+        seconds: The time.
+        progress: Shows it.
+
+    Returns:
+        The checkpoint, and what rounding did to each layer.
+    """
+    quantized = facade.optimize(model, config_file, backend="torch")
+    report = post_training(
+        quantized,
+        batches,
+        samples=samples,
+        short_sums=short_sums,
+        seconds=seconds,
+        resume=folder / "unfinished.pth",
+        progress=progress,
+    )
+    with staged(folder) as aside:
+        torch.save(quantized.state_dict(), aside / "quantized.pth")
+    return folder / "quantized.pth", report
 
 
 def _leave_calibration(model: nn.Module) -> None:
