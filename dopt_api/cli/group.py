@@ -20,6 +20,7 @@ COMMANDS = {
     "new-backend": "dopt_api.cli.new_backend",
     "params": "dopt_api.cli.params",
     "quantize": "dopt_api.cli.quantize",
+    "report": "dopt_api.cli.report",
     "verify": "dopt_api.cli.verify",
 }
 """The module of each command. It has the command under the name ``command``, and imports what is slow inside it."""

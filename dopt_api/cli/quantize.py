@@ -18,6 +18,7 @@ from dopt_api.cli.output import as_json_option, print_json
 
 if TYPE_CHECKING:
     from dopt_api.quantizer.rounding import RoundedLayer
+    from dopt_api.types import BackendInfo, Plan
 
 __all__ = ["command"]
 
@@ -27,9 +28,6 @@ Example:
   dopt config set config.json --strategy Quant_INT8-8
   dopt quantize my_project.models:build config.json output --data my_project.data:batches --format onnx_qdq
 """
-
-REPORT = "quantization.json"
-"""What is written beside the exported files: what rounding did to each layer, and from what it all came."""
 
 
 @click.command("quantize", epilog=EXAMPLES)
@@ -74,7 +72,8 @@ def command(
         get_format(name)  # what cannot be written is said before the work
     model = call_factory(factory)
     chosen = manager.select(model, backend)
-    if not facade.check(model, config, backend=chosen.name).quantized:
+    plan = facade.check(model, config, backend=chosen.name)
+    if not plan.quantized:
         raise click.ClickException(
             f"Every layer in {config} is 'float'. Fix: dopt config set {config} --strategy NAME."
         )
@@ -106,7 +105,7 @@ def command(
         formats=formats,
         backend=chosen.name,
     )
-    files = [result.model, result.params, *result.others, _write_report(output_dir, config, chosen.info, layers)]
+    files = [result.model, result.params, *result.others, _write_notes(output_dir, plan, chosen.info, layers)]
     if as_json:
         print_json({"files": [str(file) for file in files], "layers": [asdict(layer) for layer in layers]})
         return
@@ -132,10 +131,13 @@ class _Progress:
         return track(steps, next(self.names, ""), console=console, disable=not sys.stderr.isatty())
 
 
-def _write_report(folder: Path, config: Path, backend: Any, layers: list[RoundedLayer]) -> Path:
+def _write_notes(folder: Path, plan: Plan, backend: BackendInfo, layers: list[RoundedLayer]) -> Path:
+    """Write what rounding did to each layer, and from what it all came."""
     from dopt_api import __version__  # noqa: PLC0415  # help does not need it
     from dopt_api.files import write_text  # noqa: PLC0415  # likewise
+    from dopt_api.report import QUANTIZATION  # noqa: PLC0415  # likewise
 
+    config, found = plan.config_file, plan.model_layers
     content = {
         "config": {"name": config.name, "sha256": hashlib.sha256(config.read_bytes()).hexdigest()},
         "versions": {
@@ -144,5 +146,9 @@ def _write_report(folder: Path, config: Path, backend: Any, layers: list[Rounded
             backend.framework: backend.framework_version,
         },
         "layers": [asdict(layer) for layer in layers],
+        "float": [layer.name for layer in found.layers if layer.name not in plan.quantized],
+        "not_quantizable": [
+            {"name": layer.name, "op_type": layer.op_type, "reason": layer.reason} for layer in found.not_quantizable
+        ],
     }
-    return write_text(folder / REPORT, json.dumps(content, indent=1) + "\n")
+    return write_text(folder / QUANTIZATION, json.dumps(content, indent=1) + "\n")

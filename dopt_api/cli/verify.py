@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,16 +16,23 @@ from dopt_api.cli.output import print_table
 if TYPE_CHECKING:
     from dopt_api.verify import LayerCheck
 
-__all__ = ["command"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = ["command", "data_option", "read_arrays"]
+
+
+def data_option(default: str) -> Callable[[F], F]:
+    """Return the option ``--data``, the same for each command that runs the model."""
+    return click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        help=f"An .npz file with an array for each input of the model.  [default: {default}]",
+    )
 
 
 @click.command("verify")
 @click.argument("params", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="An .npz file with an array for each input of the model.  [default: made up]",
-)
+@data_option("made up")
 @click.option(
     "--picture", type=click.Path(path_type=Path), help="A picture to draw: .png, .svg or .pdf (needs Matplotlib)."
 )
@@ -44,7 +52,7 @@ def command(params: Path, data: Path | None, picture: Path | None, min_sqnr: flo
             f"dopt verify needs {error.name}, which is not installed. Fix: pip install 'dopt-api[verify]'."
         ) from error
     file = params / "quant_params.json" if params.is_dir() else params
-    found = verify(file, None if data is None else [_arrays(data)])
+    found = verify(file, None if data is None else [read_arrays(data)])
     if picture is not None:
         from dopt_api.plots import plot_verification  # noqa: PLC0415  # an extra
 
@@ -88,7 +96,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _arrays(file: Path) -> dict[str, Any]:
+def read_arrays(file: Path) -> dict[str, Any]:
+    """Return the arrays of an ``.npz`` file by name."""
     import numpy as np  # noqa: PLC0415  # help does not need it
 
     try:

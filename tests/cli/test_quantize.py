@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dopt_api import extensions, facade, manager
 from dopt_api.cli.group import dopt
 from dopt_api.quantizer.rounding import RoundedLayer
-from dopt_api.types import BackendInfo, ExportResult
+from dopt_api.types import BackendInfo, ExportResult, LayerInfo, ModelLayers, Plan
 
 CONFIG = '{"layer_strategy": {"fc/Linear": {"quant_strategy": "Quant_INT8-8"}}}'
 
@@ -43,7 +43,10 @@ def asked(tmp_path, monkeypatch):
         return ExportResult(output_dir / "model.onnx", output_dir / "quant_params.json", (output_dir / "a.csv",))
 
     monkeypatch.setattr(manager, "select", lambda *_: Backend())
-    monkeypatch.setattr(facade, "check", lambda *_, **__: type("Plan", (), {"quantized": {"fc/Linear": 1}}))
+    layers = tuple(LayerInfo(name, "Linear") for name in ("fc/Linear", "head/Linear"))
+    model_layers = ModelLayers(layers, (LayerInfo("lstm", "LSTM", (), "its weights change"),))
+    plan = Plan(tmp_path / "config.json", (), {"fc/Linear": 1}, model_layers)
+    monkeypatch.setattr(facade, "check", lambda *_, **__: plan)
     monkeypatch.setattr(facade, "export", export)
     monkeypatch.setattr(extensions, "load", loading({(extensions.POST_TRAINING, "mine"): (calibrate, "a test")}))
     return found
@@ -81,6 +84,8 @@ def test_options_reach_the_backend_and_files_are_named(asked, tmp_path):
     assert lines[2:] == [str(tmp_path / "out" / name) for name in names]
     report = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert report["versions"]["backend mine"] == "0.1"
+    assert report["float"] == ["head/Linear"]
+    assert report["not_quantizable"] == [{"name": "lstm", "op_type": "LSTM", "reason": "its weights change"}]
     assert report["layers"][1] == {"name": "odd", "nearest": 0.0, "rounded": 0.0, "reason": "it is odd"}
     assert json.loads(call(tmp_path, "--data", "my_things:batches", "--json").output)["layers"] == report["layers"]
 
@@ -99,6 +104,7 @@ def test_wrong_calls(asked, tmp_path, monkeypatch):
     assert "Missing option '--data'" in result.output
     assert "names no function" in call(tmp_path, "--data", "my_things").output
     assert "Did you mean 'csv'?" in call(tmp_path, "--data", "my_things:batches", "--format", "cvs").output
-    monkeypatch.setattr(facade, "check", lambda *_, **__: type("Plan", (), {"quantized": {}}))
+    nothing = Plan(tmp_path / "config.json", (), {}, ModelLayers(()))
+    monkeypatch.setattr(facade, "check", lambda *_, **__: nothing)
     assert "is 'float'. Fix: dopt config set" in call(tmp_path, "--data", "my_things:batches").output
     assert not asked
