@@ -39,6 +39,7 @@ COLUMNS = (
     ("layer", ""),
     ("kind", ""),
     ("strategy", ""),
+    ("#", "place in execution"),
     ("from", "least value of the input's range"),
     ("to", "greatest value of the input's range"),
     ("weights", "how many"),
@@ -88,11 +89,11 @@ def _content(folder: Path, params: QuantParams, found: Verification | None) -> d
     checks = {} if found is None else {check.name: check for check in found.layers}
     integers = _integers(folder / params.model, params)
     rows = []
-    for layer in params.layers:
+    for place, layer in enumerate(params.layers, 1):
         values, check, rounding = integers.get(layer.weight.tensor), checks.get(layer.name), rounded.get(layer.name, {})
-        ends = _ends(layer)
         figures = (
-            *ends,
+            place,
+            *_ends(layer),
             None if values is None else values.size,
             _db(rounding.get("nearest")),
             _db(rounding.get("rounded")),
@@ -106,8 +107,10 @@ def _content(folder: Path, params: QuantParams, found: Verification | None) -> d
                 "figures": [_figure(*pair) for pair in zip(COLUMNS[3:], figures, strict=True)],
                 "bins": [] if values is None else _bins(values, layer),
                 "reason": rounding.get("reason", ""),
+                "damage": math.inf if check is None else check.sqnr_db,
             }
         )
+    rows.sort(key=lambda row: row["damage"])  # the most damaged first; in execution order where nothing is known
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix != ".html"]
     return {
         "title": params.model,
