@@ -134,7 +134,7 @@ def _row(recipe: str, emulator: str | None, emulated: int, console: Console) -> 
                 for file, optimized in ((result.model, True), (integer, False), (integer, True))
             )
             checks = verify(result.params, [{"x": x[:1]}]).layers
-            latency = _seconds(integer, x) / _seconds(result.model, x)
+            latency = _latency(integer, result.model, x)
         row = Row(
             recipe,
             hazard=float(np.mean([check.hazard for check in checks])),
@@ -169,17 +169,19 @@ def _run(model: Path, x: Array, folder: Path, optimized: bool, before: Sequence[
     return result
 
 
-def _seconds(model: Path, x: Array) -> float:
-    """Return the median time of a picture."""
+def _latency(model: Path, other: Path, x: Array) -> float:
+    """Return the median time of a picture as a share of another model's; they take turns, so that load is shared."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    name, times = session.get_inputs()[0].name, []
-    for i in range(60):
+    sessions = [onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (model, other)]
+    name = sessions[0].get_inputs()[0].name
+    times = np.empty((60, 2))
+    for i, place in np.ndindex(times.shape):
         begun = time.perf_counter()
-        session.run(None, {name: x[i : i + 1]})
-        times.append(time.perf_counter() - begun)
-    return float(np.median(times[10:]))
+        sessions[place].run(None, {name: x[i : i + 1]})
+        times[i, place] = time.perf_counter() - begun
+    one, two = np.median(times[10:], axis=0)
+    return float(one / two)
 
 
 def _db(wanted: Array, found: Array) -> float:

@@ -4,7 +4,9 @@ The group says what it is: ``dopt.strategies`` for a :class:`dopt_api.strategy.S
 from statistics and grid to a range, ``dopt.formats`` for a writer (:mod:`dopt_api.formats`). ``dopt.post_training`` has
 what ``dopt quantize`` calls for models of the backend of that name: a function of the model, the strategy file, the
 batches and a folder for the checkpoint, and of the keywords ``samples``, ``short_sums``, ``seconds`` and ``progress``,
-that returns the checkpoint and a list of :class:`dopt_api.quantizer.rounding.RoundedLayer`. Names are listed without
+that returns the checkpoint and a list of :class:`dopt_api.quantizer.rounding.RoundedLayer`; ``dopt.sensitivity`` what
+``dopt tune`` calls: a function of the model, the strategy file, the batches and the names of strategies, and of the
+keywords ``cost`` and ``output_names``, that returns a list of :class:`dopt_api.search.Choice`. Names are listed without
 importing anything; only what is asked for is loaded.
 
 Example:
@@ -22,12 +24,13 @@ from typing import Any
 
 from dopt_api.errors import ExtensionError
 
-__all__ = ["FORMATS", "POST_TRAINING", "RANGES", "STRATEGIES", "load", "names"]
+__all__ = ["FORMATS", "POST_TRAINING", "RANGES", "SENSITIVITY", "STRATEGIES", "load", "names"]
 
 STRATEGIES = "dopt.strategies"
 RANGES = "dopt.ranges"
 FORMATS = "dopt.formats"
 POST_TRAINING = "dopt.post_training"
+SENSITIVITY = "dopt.sensitivity"
 
 
 def names(group: str, own: Collection[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "params": "dopt_api.cli.params",
     "quantize": "dopt_api.cli.quantize",
     "report": "dopt_api.cli.report",
+    "tune": "dopt_api.cli.tune",
     "verify": "dopt_api.cli.verify",
 }
 """The module of each command. It has the command under the name ``command``, and imports what is slow inside it."""

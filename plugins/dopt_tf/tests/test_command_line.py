@@ -68,3 +68,34 @@ def test_one_command_leads_from_the_session_to_the_files(project):
     (project / "mine.py").write_text(PROJECT)
     refused = dopt(project, *command)
     assert (refused.returncode, "a list of the names of the output nodes" in refused.stderr) == (1, True)
+
+
+def test_sensitivity_is_measured_at_the_named_output(project):
+    assert dopt(project, "config", "set", "config.json", "--strategy", "Quant_INT8-8").returncode == 0
+    (project / "tuning.py").write_text(TUNING)
+    found = subprocess.run([sys.executable, "tuning.py"], cwd=project, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    choices = json.loads(found.stdout)
+    assert [(layer, strategy) for layer, strategy, _ in choices] == [
+        (layer, strategy) for layer in ("first", "second") for strategy in ("Quant_INT8-8", "Quant_INT8-4", "float")
+    ]
+    damages = [damage for _, _, damage in choices]
+    assert 0 < damages[0] < damages[1] < 0.1
+    assert 0 < damages[3] < damages[4] < 0.1
+    command = ("tune", "mine:build", "config.json", "--data", "mine:feeds", "--budget", "70%")
+    refused = dopt(project, *command)
+    assert (refused.returncode, "--output-name logits" in refused.stderr) == (1, True), refused.stderr
+    refused = dopt(project, *command, "--output-name", "missing")
+    assert (refused.returncode, "has no such output" in refused.stderr) == (1, True), refused.stderr
+
+
+TUNING = """
+import json
+from pathlib import Path
+import mine
+from dopt_tf.sensitivity import sensitivity_of
+
+names = ["Quant_INT8-8", "Quant_INT8-4"]
+found = sensitivity_of(mine.build(), Path("config.json"), mine.feeds(), names, cost="size", output_names=["logits"])
+print(json.dumps([(one.layer, one.strategy, one.damage) for one in found]))
+"""

@@ -143,3 +143,33 @@ def test_what_cannot_be_quantized_is_said_before_anything_is_written(chosen):
         assert not [file for file in (chosen / "out").rglob("*.*") if file.is_file()]
     assert dopt(chosen, "config", "set", "config.json", "--strategy", "float").returncode == 0
     assert "Every layer in config.json is 'float'" in dopt(chosen, *QUANTIZE).stderr
+
+
+TUNE = ("tune", "my_models:trained", "config.json", "--data", "my_data:batches", "--strategy", "Quant_INT8-8")
+
+
+def test_strategies_are_chosen_within_a_budget(chosen):
+    assert dopt(chosen, "config", "set", "config.json", "--strategy", "Quant_INT8-8").returncode == 0
+    options = ("--strategy", "Quant_INT8-4", "--output", "mixed.json", "--picture", "trade_off.svg")
+    result = dopt(chosen, *TUNE, "--budget", "80%", *options, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert 0.5 * found["of"] < found["cost"] <= 0.8 * found["of"] == 0.8 * 8 * (4 * 27 + 2 * 144)
+    assert sorted(found["strategies"].values()) == ["Quant_INT8-4", "Quant_INT8-8"]
+    layers = json.loads((chosen / "mixed.json").read_text())["layer_strategy"]
+    assert {name: layer["quant_strategy"] for name, layer in layers.items()} == found["strategies"]
+    assert "<svg" in (chosen / "trade_off.svg").read_text()
+    shown = dopt(chosen, *TUNE, *options, "--budget", "0.8")
+    assert "predicted damage" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "mixed.json"
+
+
+def test_what_cannot_be_chosen_is_a_sentence(chosen):
+    for change, status, what in (
+        (("--budget", "10%"), 1, "cannot be kept"),
+        (("--budget", "much"), 2, "'much' is no share, such as 70% or 0.7."),
+        (("--budget", "70%", "--strategy", "Quant_INT8-9"), 1, "There is no strategy 'Quant_INT8-9'. Did you mean"),
+    ):
+        result = dopt(chosen, *TUNE, *change)
+        assert (result.returncode, what in result.stderr) == (status, True), result.stderr
+        assert "Traceback" not in result.stderr

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dopt_tf.optimize import quantized, raw_session, set_calibrate_state
 from dopt_tf.quantizer import restore_values
 from dopt_tf.rounding import RoundedLayer, round_weights
 
-__all__ = ["post_training", "quantize"]
+__all__ = ["calibrate", "post_training", "quantize", "quantized_session"]
 
 Feed = Mapping[Any, Any]
 
@@ -64,8 +64,7 @@ def post_training(
             tf.compat.v1.train.Saver().save(sess, "quant/model")
     """
     begun = time.monotonic()
-    quantization, graph = quantized(sess), graph_of(sess)
-    layers = [graph.get_operation_by_name(name) for name in quantization.sites]
+    quantized(sess)  # what is not is said before data are drawn
     coming = iter(progress(feeds))
     held: list[Feed] = []
     found = 0
@@ -74,16 +73,7 @@ def post_training(
         found += max((len(value) for value in feed.values() if np.ndim(value)), default=1)
         if found >= samples:
             break
-    _leave_calibration(sess)  # one that was on is begun anew
-    set_calibrate_state(sess, True)
-    try:
-        mode = quantization.mode
-        for feed in chain(held, coming):
-            raw_session(sess).run(layers, {**feed, mode.quantizing: True, mode.training: False})
-    except BaseException:
-        _leave_calibration(sess)
-        raise
-    set_calibrate_state(sess, False)
+    calibrate(sess, chain(held, coming))
     left = None if seconds is None else seconds - (time.monotonic() - begun)
     return round_weights(sess, held, short_sums=short_sums, seconds=left, progress=progress)
 
@@ -117,11 +107,27 @@ def quantize(
     Raises:
         ModelError: A variable has no value.
     """
+    with quantized_session(sess, config_file) as fresh:
+        report = post_training(fresh, feeds, samples=samples, short_sums=short_sums, seconds=seconds, progress=progress)
+        with staged(folder) as aside:
+            saver = tf.compat.v1.train.Saver(tf.compat.v1.global_variables())
+            saver.save(fresh, str(aside / "quantized"), write_meta_graph=False, write_state=False)
+    return folder / "quantized", report
+
+
+@contextmanager
+def quantized_session(sess: Any, config_file: Path) -> Iterator[Any]:
+    """Open a session of the same graph, quantized, with the same values; a session that has run cannot be quantized.
+
+    Args:
+        sess: A session of the float graph with the weights loaded; its graph is rewritten.
+        config_file: The strategy file.
+
+    Raises:
+        ModelError: A variable has no value.
+    """
     v1, graph = tf.compat.v1, graph_of(sess)
-    with (
-        graph.as_default(),
-        v1.Session(graph=graph) as fresh,
-    ):  # a session that has run a graph cannot have it rewritten
+    with graph.as_default(), v1.Session(graph=graph) as fresh:
         variables = v1.global_variables()
         try:
             values = raw_session(sess).run(variables)
@@ -134,11 +140,30 @@ def quantize(
             ) from error
         facade.optimize(fresh, config_file, is_train_flag=False, quant_flag=1, backend="tf")
         restore_values(fresh, zip(variables, values, strict=True))
-        report = post_training(fresh, feeds, samples=samples, short_sums=short_sums, seconds=seconds, progress=progress)
-        with staged(folder) as aside:
-            saver = v1.train.Saver(v1.global_variables())
-            saver.save(fresh, str(aside / "quantized"), write_meta_graph=False, write_state=False)
-    return folder / "quantized", report
+        yield fresh
+
+
+def calibrate(sess: Any, feeds: Iterable[Feed]) -> None:
+    """Calibrate a quantized graph anew; a run that fails leaves calibration off.
+
+    Args:
+        sess: The session whose graph was quantized.
+        feeds: What ``sess.run`` is fed with for inference.
+
+    Raises:
+        CalibrationError: What a layer saw cannot be quantized, or it saw nothing.
+    """
+    quantization, graph = quantized(sess), graph_of(sess)
+    layers, mode = [graph.get_operation_by_name(name) for name in quantization.sites], quantization.mode
+    _leave_calibration(sess)  # one that was on is begun anew
+    set_calibrate_state(sess, True)
+    try:
+        for feed in feeds:
+            raw_session(sess).run(layers, {**feed, mode.quantizing: True, mode.training: False})
+    except BaseException:
+        _leave_calibration(sess)
+        raise
+    set_calibrate_state(sess, False)
 
 
 def _leave_calibration(sess: Any) -> None:

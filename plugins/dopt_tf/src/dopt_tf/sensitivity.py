@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dopt_api.errors import never_calibrated
+from dopt_api.errors import ConfigError, never_calibrated
 from dopt_api.quantizer import (
     Statistics,
     activation_parameters,
@@ -19,10 +20,11 @@ from dopt_api.search import Choice
 from dopt_api.strategy import FLOAT, INTEGER_STRATEGIES, Strategy, get_strategy
 from dopt_tf.find_layers import Layer
 from dopt_tf.layer_kinds import channelwise_shape
+from dopt_tf.post_training import calibrate, quantized_session
 from dopt_tf.running import Array, Feed, Runner, given
 from dopt_tf.statistics import DeviceStatistics
 
-__all__ = ["measure_sensitivity"]
+__all__ = ["measure_sensitivity", "sensitivity_of"]
 
 FLOAT_BITS = 32
 
@@ -73,6 +75,49 @@ def measure_sensitivity(
         for tap in taps:
             tap.weigh(fetched, feed, exact)
     return [choice for tap in taps for choice in tap.choices(energy, cost)]
+
+
+def sensitivity_of(
+    sess: Any,
+    config_file: Path,
+    feeds: Iterable[Feed],
+    strategies: Sequence[str],
+    *,
+    cost: Cost,
+    output_names: Sequence[str],
+) -> list[Choice]:
+    """Quantize and calibrate a session's graph and measure it: what ``dopt tune`` calls.
+
+    Args:
+        sess: A session of the float graph with the weights loaded; its graph is rewritten.
+        config_file: The strategy file; layers that it leaves float are not looked at.
+        feeds: See :func:`measure_sensitivity`, as ``strategies`` and ``cost``. They are held in memory.
+        strategies: What is compared.
+        cost: What is counted.
+        output_names: The tensors that the damage is measured at, or their operations.
+
+    Raises:
+        ConfigError: There are no output names, or the graph has no such tensor.
+    """
+    data = list(feeds)
+    with quantized_session(sess, config_file) as fresh:
+        try:
+            outputs = [
+                fresh.graph.get_tensor_by_name(f"{name}:0" if ":" not in name else name) for name in output_names
+            ]
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"The graph has no such output: {error}", where="output_names", fix="Give the names of its outputs."
+            ) from error
+        if not outputs:
+            raise ConfigError(
+                "It is not said where the damage is measured",
+                where="output_names",
+                expected="the names of the graph's outputs, such as 'logits'",
+                fix="dopt tune ... --output-name logits",
+            )
+        calibrate(fresh, data)
+        return measure_sensitivity(fresh, outputs, data, strategies, cost=cost)
 
 
 class _Tap:

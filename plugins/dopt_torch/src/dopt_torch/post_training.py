@@ -20,7 +20,7 @@ from dopt_torch.rounding import RoundedLayer, round_weights
 from dopt_torch.running import run
 from dopt_torch.smoothing import smooth
 
-__all__ = ["post_training", "quantize"]
+__all__ = ["calibrate", "post_training", "quantize"]
 
 
 def post_training(
@@ -81,16 +81,7 @@ def post_training(
             break
     if smoothing is not None:
         smooth(model, held, strength=smoothing)
-    _leave_calibration(model)  # one that was on is begun anew
-    set_calibrate_state(model, True)
-    try:
-        with torch.no_grad():
-            for batch in chain(held, coming):
-                run(model, batch)
-    except BaseException:
-        _leave_calibration(model)
-        raise
-    set_calibrate_state(model, False)
+    calibrate(model, chain(held, coming))
     left = None if seconds is None else seconds - (time.monotonic() - begun)
     return round_weights(model, held, short_sums=short_sums, seconds=left, resume=resume, progress=progress)
 
@@ -134,6 +125,28 @@ def quantize(
     with staged(folder) as aside:
         torch.save(quantized.state_dict(), aside / "quantized.pth")
     return folder / "quantized.pth", report
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Calibrate a quantized model anew; a pass that fails leaves calibration off.
+
+    Args:
+        model: What ``optimize_model`` returned.
+        batches: Inputs as the model takes them.
+
+    Raises:
+        CalibrationError: What a layer saw cannot be quantized, or it saw nothing.
+    """
+    _leave_calibration(model)  # one that was on is begun anew
+    set_calibrate_state(model, True)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run(model, batch)
+    except BaseException:
+        _leave_calibration(model)
+        raise
+    set_calibrate_state(model, False)
 
 
 def _leave_calibration(model: nn.Module) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dopt_api import facade
 from dopt_api.errors import CalibrationError, ModelError, never_calibrated
 from dopt_api.quantizer import activation_parameters
 from dopt_api.search import Choice
@@ -16,10 +18,11 @@ from dopt_api.strategy import FLOAT, INTEGER_STRATEGIES, Strategy, get_strategy
 from dopt_torch.fake_quantize import fake_quantize
 from dopt_torch.find_layers import tensors_of
 from dopt_torch.optimize import root_of
+from dopt_torch.post_training import calibrate
 from dopt_torch.quantized_layer import QuantizedLayer, norm_factor, original_class, quantized_layers, shadowed
 from dopt_torch.running import evaluation, run, taking_over
 
-__all__ = ["Cost", "measure_sensitivity"]
+__all__ = ["Cost", "measure_sensitivity", "sensitivity_of"]
 
 Cost = Literal["size", "bit_operations"]
 
@@ -82,6 +85,32 @@ def measure_sensitivity(
     if not samples:
         raise CalibrationError("There are no batches", expected="one or more inputs of the model")
     return [choice for tap in taps for choice in tap.choices(energy, samples, cost)]
+
+
+def sensitivity_of(
+    model: nn.Module,
+    config_file: Path,
+    batches: Iterable[Any],
+    strategies: Sequence[str],
+    *,
+    cost: Cost,
+    output_names: Sequence[str],
+) -> list[Choice]:
+    """Quantize and calibrate a float model and measure it: what ``dopt tune`` calls.
+
+    Args:
+        model: The float model; unchanged.
+        config_file: The strategy file; layers that it leaves float are not looked at.
+        batches: See :func:`measure_sensitivity`, as ``strategies`` and ``cost``. They are held in memory.
+        strategies: What is compared.
+        cost: What is counted.
+        output_names: Not looked at: damage is measured at all outputs.
+    """
+    del output_names
+    data = list(batches)
+    quantized = facade.optimize(model, config_file, backend="torch")
+    calibrate(quantized, data)
+    return measure_sensitivity(quantized, data, strategies, cost=cost)
 
 
 class _Tap:
