@@ -23,28 +23,24 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Budgets of the picture, as shares of what the strategy file costs."""
 
 
-class Share(click.ParamType[float]):
-    """A share of what the strategy file costs as it is: ``70%`` or ``0.7``."""
-
-    name = "share"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the share as a number."""
-        text = str(value)
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            share = -1.0
-        if not 0 < share < float("inf"):
-            self.fail(f"{text!r} is no share, such as 70% or 0.7.", param, ctx)
-        return share
+def _share(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+    """Return ``70%`` or ``0.7`` as a number."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < float("inf"):
+        raise click.BadParameter(f"{text!r} is no share, such as 70% or 0.7.")
+    return share
 
 
 @click.command("tune", epilog=EXAMPLES)
 @click.argument("factory", metavar="FACTORY")
 @click.argument("config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--data", required=True, metavar="FACTORY", help="package.module:function that returns batches.")
-@click.option("--budget", type=Share(), required=True, help="Share of what CONFIG costs as it is: 70% or 0.7.")
+@click.option(
+    "--budget", required=True, callback=_share, metavar="SHARE", help="Share of what CONFIG costs as it is: 70% or 0.7."
+)
 @click.option(
     "--strategy", "strategies", multiple=True, metavar="NAME", help="One to choose from.  [default: integers]"
 )
