@@ -173,6 +173,7 @@ def _latency(model: Path, other: Path, x: Array) -> float:
     """Return the median time of a picture as a share of another model's; they take turns, so that load is shared."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow the other model
     sessions = [onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (model, other)]
     name = sessions[0].get_inputs()[0].name
     times = np.empty((60, 2))

@@ -103,7 +103,7 @@ def _content(folder: Path, params: QuantParams, found: Verification | None) -> d
         )
         rows.append(
             {
-                "texts": (layer.name, layer.op_type.removeprefix("<class '").removesuffix("'>"), layer.strategy),
+                "texts": (layer.name, _kind(layer), layer.strategy),
                 "figures": [_figure(*pair) for pair in zip(COLUMNS[3:], figures, strict=True)],
                 "bins": [] if values is None else _bins(values, layer),
                 "reason": rounding.get("reason", ""),
@@ -159,6 +159,11 @@ def _integers(model: Path, params: QuantParams) -> dict[str, NDArray[Any]]:
     except ModuleNotFoundError:
         return {}
     return {name: integers for name, (integers, _) in stored_integers(model, params, "report").items()}
+
+
+def _kind(layer: LayerParams) -> str:
+    """Return the last part of a layer's kind, where that is the name of a class."""
+    return layer.op_type.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
 
 
 def _ends(layer: LayerParams) -> tuple[float | None, float | None]:

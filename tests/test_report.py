@@ -115,9 +115,10 @@ def test_a_model_without_integers_at_hand_has_a_page_too(export):
     content = json.loads((export / "quant_params.json").read_text())
     content["model"] = "model.pb"
     content["layers"][0]["name"] = "</script><i>"
+    content["layers"][0]["op_type"] = "<class 'torch.nn.modules.conv.Conv2d'>"
     (export / "quant_params.json").write_text(json.dumps(content))
     page = Page(write_report(export).read_text())
-    assert page.rows[1][0] == "</script><i>"
+    assert page.rows[1][:2] == ["</script><i>", "Conv2d"]
     assert page.attributes[1]["data-bins"] == "[]"
 
 
