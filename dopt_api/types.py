@@ -134,12 +134,21 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is to be done with one layer: its strategy and how its range is chosen from the statistics."""
+    """What is to be done with one layer.
+
+    Attributes:
+        name: The layer's name.
+        op_type: Its kind.
+        strategy: Its strategy.
+        range_method: How its ranges are chosen from the statistics.
+        output: Whether its output is recorded and quantized as well, on the grid of the strategy's activations.
+    """
 
     name: str
     op_type: str
     strategy: Strategy
     range_method: str = DEFAULT_RANGE
+    output: bool = False
 
     @property
     def input_grid(self) -> Grid:
