@@ -23,7 +23,7 @@ __all__ = [
     "Plan",
 ]
 
-HOOK_API_VERSION = "1.1"
+HOOK_API_VERSION = "1.2"
 """Version of the hooks: an added hook or argument raises the minor number, a removed one the major number."""
 
 
@@ -38,6 +38,7 @@ class Capabilities:
         dynamic_batch: The exported graph can leave the batch size open.
         session_graph: ``optimize`` rewrites a graph in place and takes the two flags of the contract.
         weight_only: Layers can have integer weights and a float input.
+        recorded_outputs: The outputs of layers are recorded and quantized where a plan asks for it.
     """
 
     retraining: bool = False
@@ -46,6 +47,7 @@ class Capabilities:
     dynamic_batch: bool = False
     session_graph: bool = False
     weight_only: bool = False
+    recorded_outputs: bool = False
 
 
 @dataclass(frozen=True)
