@@ -108,8 +108,9 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point = activation_parameters(
             self.statistics.to_core(),
             self.plan.input_grid,
-            layer=self.plan.name if self.role == "input" else f"{self.plan.name} (its output)",
+            layer=self.plan.name,
             method=self.plan.range_method,
+            role=self.role,
         )
         with torch.no_grad():
             self.scale.fill_(float(scale))

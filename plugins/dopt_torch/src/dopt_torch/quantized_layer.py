@@ -139,9 +139,8 @@ def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
 
 def activations(model: nn.Module) -> list[ActivationQuantizer]:
     """Return what is known of the inputs of a model's quantized layers, and of the outputs that are recorded."""
-    layers = quantized_layers(model)
-    outputs = [layer.dopt_output for layer in layers if layer.dopt_output is not None]
-    return [*(layer.dopt_quantizer for layer in layers), *outputs]
+    pairs = [(layer.dopt_quantizer, layer.dopt_output) for layer in quantized_layers(model)]
+    return [quantizer for pair in pairs for quantizer in pair if quantizer is not None]
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
