@@ -93,7 +93,10 @@ def set_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Give layers of FILE another strategy or range, or record their outputs: those whose name and kind match, by default all."""
+    """Give layers of FILE another strategy or range, or record their outputs.
+
+    Those whose name and kind match, by default all.
+    """
     from dopt_api.config import assign  # noqa: PLC0415  # help does not need it
 
     if strategy is None and range_method is None and record_output is None:

@@ -107,7 +107,7 @@ def test_copies_and_checkpoints_keep_the_outputs(tmp_path):
     quant_model = calibrated(file)
     with torch.no_grad():
         wanted = quant_model(data(2))
-        for other in (copy.deepcopy(quant_model), pickle.loads(pickle.dumps(quant_model))):  # noqa: S301  # our own
+        for other in (copy.deepcopy(quant_model), pickle.loads(pickle.dumps(quant_model))):  # our own
             assert torch.equal(other(data(2)), wanted)
         loaded = dopt_api.optimize(Network().eval(), file)
         loaded.load_state_dict(Network().state_dict(), strict=False)
