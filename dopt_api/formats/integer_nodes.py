@@ -26,6 +26,9 @@ OTHERS = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
 FLOAT_OUTPUT = ("Gemm", "MatMul")
 """Integer kernels of which there is a form that gives floats."""
 
+PASSING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
+"""Nodes that the runtime moves quantization through: they change no number."""
+
 RECTIFIERS = ("Relu", "Clip")
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -108,6 +111,8 @@ class _Graph:
             return "there is no integer kernel for transposed convolutions"
         for edge in node.input[:1] if node.op_type in MULTIPLYING else node.input:
             maker = self.makers.get(edge)
+            while maker is not None and maker.op_type in PASSING:
+                maker = self.makers.get(maker.input[0])
             if maker is None or maker.op_type != DEQUANTIZE:
                 return f"its input {edge!r} {self._origin(maker)}"
         return "" if node.op_type in FLOAT_OUTPUT else self._why_float_output(node, layer)
@@ -122,6 +127,8 @@ class _Graph:
         if self._alone(edge) and self.readers[edge][0].op_type in RECTIFIERS:
             clip = self.readers[edge][0]
             edge = clip.output[0]
+        while self._alone(edge) and self.readers[edge][0].op_type in PASSING:
+            edge = self.readers[edge][0].output[0]
         remedy = 'set "output": true' if layer is not None else "only layers can be recorded"
         if edge in self.outputs:
             return f"its output is the network's output {edge!r}, where no layer records it: {remedy}"

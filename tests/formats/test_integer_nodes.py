@@ -172,3 +172,19 @@ def test_pooling_of_quantized_data_is_told_from_pooling_of_floats(tmp_path):
     assert said(tmp_path) == {"conv0": (True, ""), "pool": (True, ""), "conv1": said(tmp_path)["conv1"]}
     (file,) = convert(tmp_path / "quant_params.json", "onnx_qdq", tmp_path)
     assert fused(file, tmp_path)["QLinearGlobalAveragePool"] == 1
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_quantization_passes_what_changes_no_number(tmp_path, passing):
+    network(tmp_path)
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    first, second = model.graph.node
+    first.output[0] = "before"
+    options = {"perm": [0, 1, 3, 2]} if passing else {}
+    between = helper.make_node("Transpose" if passing else "Sin", ["before"], ["x1"], name="between", **options)
+    del model.graph.node[:]
+    model.graph.node.extend([first, between, second])
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    assert said(tmp_path)["conv0"][0] is passing
+    (file,) = convert(tmp_path / "quant_params.json", "onnx_qdq", tmp_path)
+    assert fused(file, tmp_path)["QLinearConv"] == int(passing)

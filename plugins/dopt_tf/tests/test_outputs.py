@@ -90,7 +90,9 @@ def test_an_output_that_nothing_reads_is_refused_with_the_remedy(tmp_path):
     file = configured(tmp_path, ("head_product",), end="")
     with (
         session(lambda: net(end="")) as (sess, _),
-        pytest.raises(ModelError, match=r"'head_product' cannot be recorded: nothing in the graph reads it.*tf.identity"),
+        pytest.raises(
+            ModelError, match=r"'head_product' cannot be recorded: nothing in the graph reads it.*tf.identity"
+        ),
     ):
         dopt_api.optimize(sess, file, is_train_flag=False, quant_flag=1)
 
