@@ -21,9 +21,10 @@ from onnx import numpy_helper
 
 from dopt_api.errors import FormatError
 from dopt_api.files import StrPath
-from dopt_api.formats import convert
+from dopt_api.formats import get_format
+from dopt_api.graphs import as_onnx, read_export
 from dopt_api.integer_sums import convolution_sums, matrix_sums
-from dopt_api.params import LayerParams, QuantParams, read_params
+from dopt_api.params import LayerParams, QuantParams
 from dopt_api.quantizer.short_sums import overflowing, partners
 
 __all__ = ["LayerCheck", "Verification", "verify"]
@@ -86,7 +87,7 @@ def verify(
     """Run an export in float and in integers over the same data and compare.
 
     Args:
-        params_file: The ``quant_params.json`` of an export, with its ONNX model beside it.
+        params_file: The ``quant_params.json`` of an export, with its model beside it.
         feeds: Arrays by input name, a mapping for each batch; by default made up, uniform over the ranges of the
             layers that take the inputs.
         samples: How many samples are made up.
@@ -96,10 +97,10 @@ def verify(
         ParamsError: The parameter file cannot be read, or is not that of the model.
         FormatError: The model is not ONNX, or does not run on the data.
     """
-    params = read_params(params_file)
-    model = Path(params_file).parent / params.model
     with tempfile.TemporaryDirectory(prefix="dopt-verify-") as folder:
-        (integer,) = convert(params_file, "onnx_qdq", folder)
+        model, params = as_onnx(*read_export(params_file), Path(folder))
+        get_format("onnx_qdq")(model, params, Path(folder))
+        integer = Path(folder) / f"{model.stem}.qdq.onnx"
         data = [_made_up(onnx.load(str(model)), params, samples, seed)] if feeds is None else list(feeds)
         outputs = [_output_of(onnx.load(str(model)), layer) for layer in params.layers]
         taken = [layer.input.tensor for layer in params.layers]
