@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnx
 import tensorflow as tf
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -27,13 +26,11 @@ from tf2onnx import optimizer, tfonnx
 
 from dopt_api.errors import FormatError, ParamsError
 from dopt_api.params import LayerParams, QuantParams
+from dopt_tf.export import OUTPUT
 from dopt_tf.inference_graph import split
 from dopt_tf.layer_kinds import KINDS
 
-__all__ = ["OUTPUT", "to_onnx"]
-
-OUTPUT = "_dopt_output"
-"""The attribute of a node that is an output of the frozen graph although other nodes take from it."""
+__all__ = ["to_onnx"]
 
 OPSET = 15
 """As the PyTorch backend writes."""
@@ -90,7 +87,7 @@ class _Frozen:
         self.biases: dict[str, tuple[str, Float32]] = {}
         try:
             graph = tf.compat.v1.GraphDef.FromString(file.read_bytes())
-        except (DecodeError, OSError) as error:
+        except Exception as error:  # protobuf raises many kinds, all of which mean that the file is no good
             raise FormatError(
                 f"The model {file.name!r} cannot be read: {type(error).__name__}: {error}",
                 where=str(file.absolute()),
@@ -162,10 +159,8 @@ class _Frozen:
 
     def _open(self, constant: NodeDef, shape: Sequence[int]) -> None:
         """Make a placeholder of a constant."""
-        opened = NodeDef(name=constant.name, op="Placeholder")
-        opened.attr["dtype"].CopyFrom(constant.attr["dtype"])
-        opened.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
-        self.nodes[constant.name] = opened
+        self._put("Placeholder", constant.name, [], dtype=constant.attr["dtype"])
+        self.nodes[constant.name].attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
 
     def _turned(self, node: NodeDef) -> NodeDef:
         """Compute weight times data as the transposition of data times weight, and return the node of that product."""
@@ -175,53 +170,61 @@ class _Frozen:
         product.input[:] = node.input[1::-1]
         product.attr["transpose_a"].b = not node.attr["transpose_b"].b
         product.attr["transpose_b"].b = not node.attr["transpose_a"].b
-        order = NodeDef(name=f"{name}/order", op="Const")
-        order.attr["dtype"].type = tf.int32.as_datatype_enum
-        order.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([1, 0], tf.int32))
-        turned = NodeDef(name=node.name, op="Transpose", input=[name, order.name])
-        turned.attr["T"].CopyFrom(node.attr["T"])
-        turned.attr["Tperm"].type = tf.int32.as_datatype_enum
-        self.nodes.update({one.name: one for one in (order, product, turned)})
+        self.nodes[name] = product
+        order = self._put_integers(f"{name}/order", [1, 0])
+        self._put("Transpose", node.name, [name, order], T=node.attr["T"], Tperm=tf.int32)
         return product
 
     def _take_bias(self, layer: LayerParams, node: NodeDef) -> None:
-        """Take a layer's bias out; that of a transposed convolution becomes a sum.
+        """Take a layer's bias out; that of a transposed convolution becomes a plain sum.
 
-        What a transposed convolution does not reach is added by tf2onnx as zeros, to which the bias is added, too.
+        For what a transposed convolution does not reach, tf2onnx adds zeros, and these get the bias as well.
         """
-        users = [one for one in self.nodes.values() if node.name in {split(name)[0] for name in one.input}]
-        (user,) = users if len(users) == 1 else (None,)
-        layout = b"NHWC" if user is None else user.attr["data_format"].s or b"NHWC"
-        channels_last = node.op != "MatMul" and node.attr["data_format"].s[:2] != b"NC"
-        if user is None or user.op != "BiasAdd" or node.name in self.outputs or not (
-            self._origin(user.input[1]) if node.op != "MatMul" or layout == b"NHWC" else ""
-        ):
-            if layer.bias is not None:
-                raise _foreign(self.file, layer, f"there is no bias {layer.bias.tensor!r}")
-            return
-        name = self._origin(user.input[1])
+        added = self._bias_of(node)
+        name = "" if added is None else self._origin(added.input[1])
         if layer.bias is not None and name != layer.bias.tensor:
             raise _foreign(self.file, layer, f"there is no bias {layer.bias.tensor!r}")
+        if added is None or not name:
+            return
         constant = self.nodes[split(name)[0]]
         values = tf.make_ndarray(constant.attr["value"].tensor)
         self.biases[layer.name] = name, values
-        if not node.op.startswith(("Conv2DBackprop", "Conv3DBackprop")):
-            self.nodes[user.name] = one = NodeDef(name=user.name, op="Identity", input=[user.input[0]])
-            one.attr["T"].CopyFrom(user.attr["T"])
+        if "Backprop" not in node.op:
+            self._put("Identity", added.name, added.input[:1], T=added.attr["T"])
             return
         self._open(constant, values.shape)
-        rank = 4 if "2D" in node.op else 5
-        shape = [1] * rank
-        shape[-1 if channels_last else 1] = -1
-        sizes = NodeDef(name=f"{user.name}/dopt/shape", op="Const")
-        sizes.attr["dtype"].type = tf.int32.as_datatype_enum
-        sizes.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(shape, tf.int32))
-        shaped = NodeDef(name=f"{user.name}/dopt/shaped", op="Reshape", input=[user.input[1], sizes.name])
-        shaped.attr["Tshape"].type = tf.int32.as_datatype_enum
-        added = NodeDef(name=user.name, op="AddV2", input=[user.input[0], shaped.name])
-        for one in (shaped, added):
-            one.attr["T"].CopyFrom(user.attr["T"])
-        self.nodes.update({one.name: one for one in (sizes, shaped, added)})
+        axes = 4 if node.op.startswith("Conv2D") else 5
+        shape = [
+            -1 if axis == (1 if added.attr["data_format"].s == b"NCHW" else axes - 1) else 1 for axis in range(axes)
+        ]
+        sizes = self._put_integers(f"{added.name}/dopt/shape", shape)
+        shaped = self._put(
+            "Reshape", f"{added.name}/dopt/shaped", [added.input[1], sizes], T=added.attr["T"], Tshape=tf.int32
+        )
+        self._put("AddV2", added.name, [added.input[0], shaped], T=added.attr["T"])
+
+    def _bias_of(self, node: NodeDef) -> NodeDef | None:
+        """Return the node that adds a bias to the output channels of a node and that alone takes its output."""
+        users = [one for one in self.nodes.values() if node.name in {split(name)[0] for name in one.input}]
+        if len(users) != 1 or users[0].op != "BiasAdd" or node.name in self.outputs:
+            return None
+        along_rows = node.op == "MatMul" and users[0].attr["data_format"].s == b"NCHW"
+        return None if along_rows else users[0]
+
+    def _put(self, op: str, name: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Put a node into the graph, in place of one of its name, and return the name."""
+        self.nodes[name] = node = NodeDef(name=name, op=op, input=inputs)
+        for key, value in attributes.items():
+            if isinstance(value, tf.DType):
+                node.attr[key].type = value.as_datatype_enum
+            else:
+                node.attr[key].CopyFrom(value)
+        return name
+
+    def _put_integers(self, name: str, values: Sequence[int]) -> str:
+        self._put("Const", name, [], dtype=tf.int32)
+        self.nodes[name].attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values, tf.int32))
+        return name
 
 
 class _Editor:
@@ -250,10 +253,10 @@ class _Editor:
             node.attribute.extend([helper.make_attribute("transB", 1)])
             new_axis = 0
         if bias is not None:
-            self._put(*bias)
+            self._store(*bias)
             if node.op_type != "ConvTranspose":
                 node.input.append(bias[0])
-        self._put(layer.weight.tensor, weight)
+        self._store(layer.weight.tensor, weight)
         node.input[1] = layer.weight.tensor
         _explicit_padding(node, weight.ndim - 2)
         self._name(node, layer.node)
@@ -278,7 +281,11 @@ class _Editor:
                 live.append(node)
         kept = [value for value in self.graph.input if value.name not in self.constants]
         tensors = [tensor for name, tensor in self.constants.items() if name in needed]
-        for field, content in ((self.graph.node, live[::-1]), (self.graph.input, kept), (self.graph.initializer, tensors)):
+        for field, content in (
+            (self.graph.node, live[::-1]),
+            (self.graph.input, kept),
+            (self.graph.initializer, tensors),
+        ):
             copies = [type(one).FromString(one.SerializeToString()) for one in content]
             del field[:]
             field.extend(copies)
@@ -293,7 +300,8 @@ class _Editor:
 
     def _computation(self, layer: LayerParams) -> tuple[Any, list[Any]]:
         """Return the node that computes with a layer's weight, and the nodes that move the weight's elements before."""
-        edge, moves = layer.weight.tensor, []
+        edge = layer.weight.tensor
+        moves: list[Any] = []
         while len(users := [node for node in self.graph.node if edge in node.input]) == 1:
             (node,) = users
             if node.op_type in _COMPUTES and list(node.input).index(edge) == 1:
@@ -323,7 +331,7 @@ class _Editor:
         (found,) = ReferenceEvaluator(model).run([out.name], {name: np.ascontiguousarray(values)})
         return np.ascontiguousarray(found)
 
-    def _put(self, name: str, values: Float32) -> None:
+    def _store(self, name: str, values: Float32) -> None:
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
         self.fixed.add(name)
 
