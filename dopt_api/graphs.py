@@ -66,10 +66,11 @@ def as_onnx(model: Path, params: QuantParams, folder: Path) -> tuple[Path, Quant
     except ExtensionError as error:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
+        missing = error.__cause__.name
         raise FormatError(
-            f"The way from {model.name!r} to ONNX needs the package {error.__cause__.name!r}, which is not installed",
+            f"The way from {model.name!r} to ONNX needs the package {missing!r}, which is not installed",
             where=str(model.absolute()),
-            fix="pip install 'dopt-tf[onnx]' (with TensorFlow 2.8: see docs/tensorflow.md, Export)",
+            fix="pip install 'dopt-tf[onnx]'" if missing in ("onnx", "tf2onnx") else f"pip install {missing}",
         ) from error
     file = folder / f"{model.stem}.onnx"
     return file, convert(model, params, file)

@@ -165,7 +165,12 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 def _made_up(model: Any, params: QuantParams, samples: int, seed: int) -> Feed:
     generator = np.random.default_rng(seed)
-    ranges = {layer.input.tensor: layer.input for layer in params.layers if layer.input.quantized}
+    turned = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    ranges = {
+        turned.get(layer.input.tensor, layer.input.tensor): layer.input
+        for layer in params.layers
+        if layer.input.quantized
+    }
     feed = {}
     for value in model.graph.input:
         dimensions = [one.dim_value for one in value.type.tensor_type.shape.dim]

@@ -15,6 +15,7 @@ import dopt_api
 from dopt_api.errors import FormatError, ParamsError
 from dopt_api.formats import convert
 from dopt_api.params import read_params
+from dopt_api.report import write_report
 from dopt_api.verify import verify
 from dopt_tf.checkpoint import restore_float_checkpoint
 from dopt_tf.onnx_graph import to_onnx
@@ -85,7 +86,10 @@ def test_a_network_goes_the_whole_way(exported, tmp_path):
     assert all(layer.off is not None and layer.off <= 1 for layer in found.layers)
     assert found.kernels["QGemm"] == 1
     assert found.sqnr_db > 25
-    assert verify(folder / "quant_params.json").sqnr_db > 15
+    assert verify(folder / "quant_params.json").layers[0].clipped < 0.01  # made up within the range of the input
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "quantized weights" in page
+    assert 'data-bins="[]"' not in page
 
 
 def many_kinds():
@@ -212,7 +216,8 @@ def unknown_operation(content):
     ("params", "graph", "error", "message"),
     [
         (None, lambda _: b"no graph", FormatError, "'model.pb' cannot be read"),
-        (None, lambda _: b"", ParamsError, "no Conv2D 'conv1/Conv2D'"),
+        (None, lambda _: b"", FormatError, "'model.pb' cannot be read: it has no nodes"),
+        (None, without("conv1/Conv2D"), ParamsError, "no Conv2D 'conv1/Conv2D'"),
         (None, with_values, ParamsError, "'conv1/Conv2D/weight:0' are not on the layer's grid.*layer 'conv1/Conv2D'"),
         (None, of_float64, FormatError, "'conv1/Conv2D' computes in float64"),
         (None, unknown_operation, FormatError, "ONNX has no Betainc"),

@@ -85,15 +85,7 @@ class _Frozen:
         self.file = file
         self.weights: dict[str, Float32] = {}
         self.biases: dict[str, tuple[str, Float32]] = {}
-        try:
-            graph = tf.compat.v1.GraphDef.FromString(file.read_bytes())
-        except Exception as error:  # protobuf raises many kinds, all of which mean that the file is no good
-            raise FormatError(
-                f"The model {file.name!r} cannot be read: {type(error).__name__}: {error}",
-                where=str(file.absolute()),
-                expected="a frozen graph",
-                fix="Export the model again.",
-            ) from error
+        graph = _read(file)
         self.versions = graph.versions
         self.library = graph.library
         self.nodes: dict[str, NodeDef] = {node.name: node for node in graph.node}
@@ -225,6 +217,26 @@ class _Frozen:
         self._put("Const", name, [], dtype=tf.int32)
         self.nodes[name].attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values, tf.int32))
         return name
+
+
+def _read(file: Path) -> tf.compat.v1.GraphDef:
+    """Read a frozen graph.
+
+    Raises:
+        FormatError: It cannot be read, or is empty.
+    """
+    try:
+        graph, reason = tf.compat.v1.GraphDef.FromString(file.read_bytes()), "it has no nodes"
+    except Exception as error:  # noqa: BLE001  # protobuf raises many kinds, all of which mean that the file is no good
+        graph, reason = None, f"{type(error).__name__}: {error}"
+    if graph is None or not graph.node:
+        raise FormatError(
+            f"The model {file.name!r} cannot be read: {reason}",
+            where=str(file.absolute()),
+            expected="a frozen graph",
+            fix="Export the model again.",
+        )
+    return graph
 
 
 class _Editor:
