@@ -6,8 +6,9 @@ what ``dopt quantize`` calls for models of the backend of that name: a function 
 batches and a folder for the checkpoint, and of the keywords ``samples``, ``short_sums``, ``seconds`` and ``progress``,
 that returns the checkpoint and a list of :class:`dopt_api.quantizer.rounding.RoundedLayer`; ``dopt.sensitivity`` what
 ``dopt tune`` calls: a function of the model, the strategy file, the batches and the names of strategies, and of the
-keywords ``cost`` and ``output_names``, that returns a list of :class:`dopt_api.search.Choice`. Names are listed without
-importing anything; only what is asked for is loaded.
+keywords ``cost`` and ``output_names``, that returns a list of :class:`dopt_api.search.Choice`. ``dopt.graphs`` has
+what makes ONNX of a backend's own graphs, by the suffix of their files (:mod:`dopt_api.graphs`). Names are listed
+without importing anything; only what is asked for is loaded.
 
 Example:
     In the ``pyproject.toml`` of a distribution::
@@ -24,13 +25,14 @@ from typing import Any
 
 from dopt_api.errors import ExtensionError
 
-__all__ = ["FORMATS", "POST_TRAINING", "RANGES", "SENSITIVITY", "STRATEGIES", "load", "names"]
+__all__ = ["FORMATS", "GRAPHS", "POST_TRAINING", "RANGES", "SENSITIVITY", "STRATEGIES", "load", "names"]
 
 STRATEGIES = "dopt.strategies"
 RANGES = "dopt.ranges"
 FORMATS = "dopt.formats"
 POST_TRAINING = "dopt.post_training"
 SENSITIVITY = "dopt.sensitivity"
+GRAPHS = "dopt.graphs"
 
 
 def names(group: str, own: Collection[str]) -> tuple[str, ...]:

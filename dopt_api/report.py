@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from dopt_api.errors import ParamsError, PlotError
+from dopt_api.errors import ExtensionError, FormatError, ParamsError, PlotError
 from dopt_api.files import StrPath, write_text
+from dopt_api.graphs import as_onnx
 from dopt_api.params import LayerParams, QuantParams, read_params
 
 if TYPE_CHECKING:
@@ -151,14 +152,17 @@ def _about(file: Path) -> dict[str, Any]:
 
 
 def _integers(model: Path, params: QuantParams) -> dict[str, NDArray[Any]]:
-    """Return the weights' integers by tensor, where the model is ONNX and the package there."""
-    if model.suffix != ".onnx":
-        return {}
+    """Return the weights' integers by tensor, where the model is ONNX, or can be converted, and the packages there."""
     try:
         from dopt_api.formats.onnx_qdq import stored_integers  # noqa: PLC0415  # needs the extra onnx
     except ModuleNotFoundError:
         return {}
-    return {name: integers for name, (integers, _) in stored_integers(model, params, "report").items()}
+    with tempfile.TemporaryDirectory(prefix="dopt-report-") as folder:
+        try:
+            graph, named = as_onnx(model, params, Path(folder))
+        except (FormatError, ExtensionError):
+            return {}
+        return {name: integers for name, (integers, _) in stored_integers(graph, named, "report").items()}
 
 
 def _kind(layer: LayerParams) -> str:

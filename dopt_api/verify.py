@@ -21,10 +21,11 @@ from onnx import numpy_helper
 
 from dopt_api.errors import FormatError
 from dopt_api.files import StrPath
-from dopt_api.formats import convert
-from dopt_api.formats.integer_nodes import NodeKind, integer_nodes
+from dopt_api.formats import get_format
+from dopt_api.formats.integer_nodes import NodeKind, nodes_of
+from dopt_api.graphs import as_onnx, read_export
 from dopt_api.integer_sums import convolution_sums, matrix_sums
-from dopt_api.params import LayerParams, QuantParams, read_params
+from dopt_api.params import LayerParams, QuantParams
 from dopt_api.quantizer.short_sums import overflowing, partners
 
 __all__ = ["LayerCheck", "Verification", "verify"]
@@ -89,7 +90,7 @@ def verify(
     """Run an export in float and in integers over the same data and compare.
 
     Args:
-        params_file: The ``quant_params.json`` of an export, with its ONNX model beside it.
+        params_file: The ``quant_params.json`` of an export, with its model beside it.
         feeds: Arrays by input name, a mapping for each batch; by default made up, uniform over the ranges of the
             layers that take the inputs.
         samples: How many samples are made up.
@@ -99,10 +100,10 @@ def verify(
         ParamsError: The parameter file cannot be read, or is not that of the model.
         FormatError: The model is not ONNX, or does not run on the data.
     """
-    params = read_params(params_file)
-    model = Path(params_file).parent / params.model
     with tempfile.TemporaryDirectory(prefix="dopt-verify-") as folder:
-        (integer,) = convert(params_file, "onnx_qdq", folder)
+        model, params = as_onnx(*read_export(params_file), Path(folder))
+        get_format("onnx_qdq")(model, params, Path(folder))
+        integer = Path(folder) / f"{model.stem}.qdq.onnx"
         data = [_made_up(onnx.load(str(model)), params, samples, seed)] if feeds is None else list(feeds)
         outputs = [_output_of(onnx.load(str(model)), layer) for layer in params.layers]
         taken = [layer.input.tensor for layer in params.layers]
@@ -112,6 +113,7 @@ def verify(
         fast = _run(integer, data, [], optimized_file)
         kernels = _multiplying(onnx.load(str(optimized_file)))
         hazards = _hazards(onnx.load(str(integer)), params)
+        nodes = nodes_of(onnx.load(str(integer)), params)
         off = _off(integer, params, data[0])
     layers = tuple(
         LayerCheck(layer.name, *_alike(exact[edge], found[edge]), _clipped(exact[edge_in], layer), hazard, distance)
@@ -120,7 +122,7 @@ def verify(
     ends = [np.concatenate([run[name].reshape(-1) for name in exact[""]]) for run in (exact, found, fast)]
     sqnr_db, cosine = _alike(ends[0], ends[1])
     optimized_db, kernels_db = _alike(ends[0], ends[2])[0], _alike(ends[1], ends[2])[0]
-    return Verification(layers, sqnr_db, cosine, optimized_db, kernels_db, kernels, integer_nodes(params_file))
+    return Verification(layers, sqnr_db, cosine, optimized_db, kernels_db, kernels, nodes)
 
 
 def _run(file: Path, data: Sequence[Feed], edges: Sequence[str], optimized: Path | None = None) -> dict[str, Any]:
@@ -168,7 +170,12 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 def _made_up(model: Any, params: QuantParams, samples: int, seed: int) -> Feed:
     generator = np.random.default_rng(seed)
-    ranges = {layer.input.tensor: layer.input for layer in params.layers if layer.input.quantized}
+    turned = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    ranges = {
+        turned.get(layer.input.tensor, layer.input.tensor): layer.input
+        for layer in params.layers
+        if layer.input.quantized
+    }
     feed = {}
     for value in model.graph.input:
         dimensions = [one.dim_value for one in value.type.tensor_type.shape.dim]

@@ -6,6 +6,7 @@ what goes in is dequantized, and, but for matrix products, what comes out is qua
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from onnx import helper, numpy_helper
 
 from dopt_api.files import StrPath
 from dopt_api.formats.onnx_qdq import integer_form
-from dopt_api.params import LayerParams, QuantParams, read_params
+from dopt_api.graphs import as_onnx, read_export
+from dopt_api.params import LayerParams, QuantParams
 
-__all__ = ["NodeKind", "integer_nodes", "summary"]
+__all__ = ["NodeKind", "integer_nodes", "nodes_of", "summary"]
 
 MULTIPLYING = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 OTHERS = ("Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -56,14 +58,25 @@ def integer_nodes(params_file: StrPath) -> tuple[NodeKind, ...]:
     """Say of each node that multiplies, adds, joins or pools whether ONNX Runtime computes it in integers.
 
     Args:
-        params_file: The ``quant_params.json`` of an export, with its ONNX model beside it.
+        params_file: The ``quant_params.json`` of an export, with its model beside it.
 
     Raises:
         ParamsError: The parameter file cannot be read, or is not that of the model.
-        FormatError: The model is not ONNX, or a strategy has no such form.
+        FormatError: There is no way from the model to ONNX, or a strategy has no such form.
     """
-    params = read_params(params_file)
-    graph = _Graph(integer_form(Path(params_file).parent / params.model, params), params)
+    with tempfile.TemporaryDirectory(prefix="dopt-nodes-") as folder:
+        model, params = as_onnx(*read_export(params_file), Path(folder))
+        return nodes_of(integer_form(model, params), params)
+
+
+def nodes_of(integer: Any, params: QuantParams) -> tuple[NodeKind, ...]:
+    """Say the same of an integer form that is there already.
+
+    Args:
+        integer: An ONNX model with quantize/dequantize pairs.
+        params: The parameters that it was written from.
+    """
+    graph = _Graph(integer, params)
     return tuple(graph.kind(node) for node in graph.nodes if graph.asked(node))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 from dopt_api import extensions
 from dopt_api.errors import ExtensionError, FormatError, closest
 from dopt_api.files import StrPath, staged
-from dopt_api.params import QuantParams, read_params
+from dopt_api.graphs import as_onnx, read_export
+from dopt_api.params import QuantParams
 
 __all__ = ["FORMATS", "Writer", "convert", "format_names", "get_format"]
 
@@ -27,6 +30,12 @@ FORMATS = {
 
 EXTRAS = {"onnx_qdq": "onnx", "safetensors": "safetensors"}
 """What is to be installed for those that need more than the core."""
+
+OF_ONNX = frozenset({"onnx_qdq", "aimet_encodings", "safetensors"})
+"""Those that are written from ONNX graphs; other graphs are converted for them (:mod:`dopt_api.graphs`)."""
+
+BESIDE_ONNX = frozenset({"aimet_encodings"})
+"""Those of them that speak of a graph which they do not hold: one that had to be converted is written beside them."""
 
 
 def format_names() -> tuple[str, ...]:
@@ -87,16 +96,12 @@ def convert(params_file: StrPath, format_name: str, output_dir: StrPath) -> list
         ExtensionError: The distribution that adds the format is broken.
         OutputError: The folder does not exist or cannot be written.
     """
-    params, write = read_params(params_file), get_format(format_name)
-    model = Path(params_file).parent / params.model
-    if not model.is_file():
-        raise FormatError(
-            f"The model {params.model!r} is not beside its parameter file",
-            where=str(model.absolute()),
-            expected="both files of an export in one folder",
-            fix="Copy the model there, or export it again.",
-        )
-    with staged(output_dir) as aside:
+    (model, params), write = read_export(params_file), get_format(format_name)
+    with staged(output_dir) as aside, tempfile.TemporaryDirectory(prefix="dopt-onnx-") as folder:
+        if format_name in OF_ONNX:
+            given, (model, params) = model, as_onnx(model, params, Path(folder))
+            if model != given and format_name in BESIDE_ONNX:
+                shutil.copy(model, aside)
         write(model, params, aside)
         names = sorted(file.name for file in aside.iterdir())
     return [Path(output_dir) / name for name in names]

@@ -84,6 +84,90 @@ def test_the_same_layer_has_the_same_numbers_in_both(tmp_path):
     assert first.bias.scale == second.bias.scale
 
 
+def test_the_same_layers_are_the_same_integers_in_onnx(tmp_path):  # noqa: PLR0915  # the same way twice
+    """All numbers are such that float sums are exact, so that both backends see the same activations to the bit."""
+    import onnx
+    import onnxruntime
+    import tensorflow as tf
+    import torch
+
+    v1 = tf.compat.v1
+    numbers = np.random.default_rng(0)
+    shapes = {"conv": (8, 3, 3, 3), "depthwise": (8, 1, 3, 3), "linear": (5, 8)}
+    kernels = {name: (numbers.integers(-8, 9, shape) / 8).astype("f") for name, shape in shapes.items()}
+    biases = {name: (numbers.integers(-16, 17, shape[0]) / 16).astype("f") for name, shape in shapes.items()}
+    data = (numbers.integers(-4, 5, (5, 3, 6, 6)) / 4).astype("f")
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1),
+        torch.nn.ReLU6(),
+        torch.nn.Conv2d(8, 8, 3, groups=8),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 5),
+    ).eval()
+    for layer, name in zip((model[0], model[2], model[6]), shapes, strict=True):
+        layer.load_state_dict({"weight": torch.from_numpy(kernels[name]), "bias": torch.from_numpy(biases[name])})
+    config = choose_all(dopt_api.generate_config(model, "x:5,3,6,6", tmp_path / "torch.json"))
+    quantized = dopt_api.optimize(model, config)
+    dopt_api.set_calibrate_state(quantized, True)
+    quantized(torch.from_numpy(data))
+    dopt_api.set_calibrate_state(quantized, False)
+    torch.save(quantized.state_dict(), tmp_path / "quant.pth")
+    (tmp_path / "torch").mkdir()
+    one = dopt_api.export(model, config, tmp_path / "quant.pth", tmp_path / "torch", formats=["onnx_qdq"])
+
+    orders = {"conv": (2, 3, 1, 0), "depthwise": (2, 3, 0, 1), "linear": (1, 0)}
+
+    def build():
+        def variable(name, value):
+            value = np.ascontiguousarray(value)
+            return v1.get_variable(name, value.shape, initializer=v1.constant_initializer(value))
+
+        w, b = (
+            {name: variable(f"{name}/{kind}", change(name)) for name in shapes}
+            for kind, change in (("kernel", lambda name: kernels[name].transpose(orders[name])), ("bias", biases.get))
+        )
+        x = v1.placeholder(tf.float32, [None, 6, 6, 3], name="x")
+        y = tf.nn.relu6(tf.nn.bias_add(tf.nn.conv2d(x, w["conv"], 1, "SAME"), b["conv"]))
+        y = tf.nn.depthwise_conv2d(y, w["depthwise"], [1, 1, 1, 1], "VALID", name="depthwise")
+        y = tf.reduce_mean(tf.nn.relu(tf.nn.bias_add(y, b["depthwise"])), [1, 2])
+        return x, tf.nn.bias_add(tf.matmul(y, w["linear"]), b["linear"], name="y")
+
+    with tf.Graph().as_default(), v1.Session() as sess:
+        build()
+        config = choose_all(dopt_api.generate_config(sess, None, tmp_path / "tf.json"))
+    with tf.Graph().as_default(), v1.Session() as sess:
+        x, y = build()
+        dopt_api.optimize(sess, config, is_train_flag=False, quant_flag=1)
+        sess.run(v1.global_variables_initializer())
+        dopt_api.set_calibrate_state(sess, True)
+        sess.run(y, {x: data.transpose(0, 2, 3, 1)})
+        dopt_api.set_calibrate_state(sess, False)
+        saved = v1.train.Saver().save(sess, str(tmp_path / "quant"))
+    (tmp_path / "tf").mkdir()
+    with tf.Graph().as_default(), v1.Session() as sess:
+        build()
+        other = dopt_api.export(sess, config, saved, tmp_path / "tf", output_names=["y"], formats=["onnx_qdq"])
+
+    found = []
+    for made in (one, other):
+        (file,) = made.others
+        stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(file)).graph.initializer}
+        parts = [part.tensor for layer in read_params(made.params).layers for part in (layer.weight, layer.bias)]
+        found.append([stored[f"{name}/dopt/integers"] for name in parts])
+    assert [array.shape for array in found[0][::2]] == list(shapes.values())
+    assert [array.dtype.name for array in found[0]] == ["int8", "int32"] * 3
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine.dtype, mine.shape, mine.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+    results = [
+        onnxruntime.InferenceSession(made.others[0].read_bytes(), providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for made, feed in ((one, {"x": data}), (other, {"x:0": data.transpose(0, 2, 3, 1)}))
+    ]
+    np.testing.assert_array_equal(*results)
+
+
 def test_a_model_of_the_other_framework_is_refused_by_name():
     import torch
 

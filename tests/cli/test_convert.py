@@ -13,8 +13,8 @@ def call(*arguments):
 
 
 def export(folder):
-    (folder / "quant_params.json").write_text(render_params(QuantParams("model.pb", ())))
-    (folder / "model.pb").write_bytes(b"graph")
+    (folder / "quant_params.json").write_text(render_params(QuantParams("model.other", ())))
+    (folder / "model.other").write_bytes(b"graph")
 
 
 def test_a_folder_or_its_file_is_converted(tmp_path):
@@ -37,7 +37,7 @@ def test_formats_are_listed_and_asked_for(tmp_path):
 def test_what_is_wrong_is_a_sentence_and_exit_status_1(tmp_path):
     export(tmp_path)
     for arguments, what in (
-        ((tmp_path, "--to", "onnx_qdq"), "is not an ONNX model"),
+        ((tmp_path, "--to", "onnx_qdq"), "no way from 'model.other' to ONNX"),
         ((tmp_path, "--to", "cvs"), "Did you mean 'csv'?"),
         ((tmp_path / "nothing.json", "--to", "csv"), "cannot be read"),
     ):

@@ -7,7 +7,7 @@ import pytest
 from quantized_chain import edit, network
 
 from dopt_api.errors import FormatError
-from dopt_api.formats import convert
+from dopt_api.formats import convert, get_format
 from dopt_api.params import read_params
 
 
@@ -41,10 +41,12 @@ def test_one_tensor_with_two_grids_is_refused(tmp_path):
     assert not (tmp_path / "model.encodings").exists()
 
 
-def test_a_frozen_graph_of_tensorflow_is_refused(tmp_path):
+def test_a_graph_of_another_kind_is_refused(tmp_path):
     network(tmp_path)
     file = tmp_path / "quant_params.json"
-    file.write_text(file.read_text().replace("model.onnx", "model.pb"))
-    (tmp_path / "model.onnx").rename(tmp_path / "model.pb")
-    with pytest.raises(FormatError, match="for ONNX graphs"):
+    file.write_text(file.read_text().replace("model.onnx", "model.other"))
+    (tmp_path / "model.onnx").rename(tmp_path / "model.other")
+    with pytest.raises(FormatError, match=r"no way from 'model\.other' to ONNX"):
         convert(file, "aimet_encodings", tmp_path)
+    with pytest.raises(FormatError, match="for ONNX graphs"):
+        get_format("aimet_encodings")(tmp_path / "model.other", read_params(file), tmp_path)

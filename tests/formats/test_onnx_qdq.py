@@ -161,10 +161,12 @@ def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(FormatError, match="not beside its parameter file"):
         convert(file, "onnx_qdq", tmp_path)
-    (tmp_path / "model.pb").write_bytes(b"")
-    file.write_text(render_params(QuantParams("model.pb", ())))
-    with pytest.raises(FormatError, match="is not an ONNX model"):
+    (tmp_path / "model.other").write_bytes(b"")
+    file.write_text(render_params(QuantParams("model.other", ())))
+    with pytest.raises(FormatError, match=r"no way from 'model\.other' to ONNX"):
         convert(file, "onnx_qdq", tmp_path)
+    with pytest.raises(FormatError, match="is not an ONNX model"):
+        get_format("onnx_qdq")(tmp_path / "model.other", QuantParams("model.other", ()), tmp_path)
 
 
 def test_the_table_has_every_scale(tmp_path):

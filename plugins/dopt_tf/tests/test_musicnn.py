@@ -18,6 +18,7 @@ from dopt.dopt_tf.opt_main import (
     set_calibrate_state,
 )
 from dopt_api.params import read_params
+from dopt_api.verify import verify
 
 v1 = tf.compat.v1
 
@@ -100,8 +101,10 @@ def test_the_whole_way(trained, tmp_path):
         saved = saver.save(sess, str(tmp_path / "quant"))
     with session(build) as (sess, _):
         result = generate_final_model(sess, config, names, saved, tmp_path)
-    layers = read_params(result.params).layers
-    assert len(layers) == len(content["layer_strategy"])
+    assert [layer.name for layer in read_params(result.params).layers] == list(content["layer_strategy"])
     (found,) = run_pb(tmp_path, names, {given.name: x})
     assert sqnr(wanted, found) > 20
+    checked = verify(result.params, [{given.name: x}])
+    assert all(layer.off is not None and layer.off <= 2 for layer in checked.layers)
+    assert checked.sqnr_db > 30
     assert dopt_api.backends()

@@ -32,7 +32,13 @@ from dopt_tf.find_layers import Layer, Structure, graph_of, output_readers
 from dopt_tf.inference_graph import InferenceGraph, NodeDef, split
 from dopt_tf.quantizer import SCOPE, channelwise
 
-__all__ = ["export"]
+__all__ = ["OUTPUT", "export"]
+
+OUTPUT = "_dopt_output"
+"""The attribute of a node that is an output of the frozen graph although other nodes take from it.
+
+TensorFlow ignores attributes that begin with an underscore. What no node takes is an output anyway.
+"""
 
 
 def export(
@@ -79,6 +85,7 @@ def export(
             params = [entry for layer in layers if (entry := _settle(inference, layer)) is not None]
             inference.keep(outputs)
             frozen = _freeze(loaded, inference, outputs)
+        _mark_outputs(frozen, outputs)
         (aside / "model.pb").write_bytes(frozen.SerializeToString(deterministic=True))
         text = render_params(QuantParams("model.pb", tuple(params)))
         (aside / "quant_params.json").write_text(text, encoding="utf-8", newline="\n")
@@ -299,3 +306,11 @@ def _freeze(session: Any, inference: InferenceGraph, outputs: list[str]) -> tf.c
     if left:
         raise ModelError(f"The variable {left[0]!r} cannot be frozen", expected="variables that the graph reads")
     return frozen
+
+
+def _mark_outputs(frozen: tf.compat.v1.GraphDef, outputs: Sequence[str]) -> None:
+    """Mark the outputs that other nodes take from, which a frozen graph does not tell from inner nodes."""
+    used = {split(name)[0] for node in frozen.node for name in node.input}
+    for node in frozen.node:
+        if node.name in used and node.name in outputs:
+            node.attr[OUTPUT].b = True
