@@ -47,15 +47,25 @@ def weight_integers(values: NDArray[Any], part: TensorParams, axis: int | None) 
     return (found if signed else found - 128).astype(np.int8)
 
 
-def bias_integers(values: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.int32] | None:
-    """Return the integers of a bias, ``[C]``, at scales ``[C]``; ``None`` if they do not fit int32.
+def bias_integers(
+    values: NDArray[Any], scale: NDArray[np.float32], greatest_sum: NDArray[np.int64]
+) -> NDArray[np.int32] | None:
+    """Return the integers of a bias; ``None`` if they do not fit int32.
+
+    Kernels add it to the sums in int32 and overflow silently. A channel whose weights are next to nothing can have a
+    bias that nearly fills int32; it gives way by what the sums can be, which is little beside it.
+
+    Args:
+        values: The bias, ``[C]``.
+        scale: Its scales, ``[C]``.
+        greatest_sum: How great the magnitude of the sum of each channel can be, ``[C]``.
 
     Example:
-        >>> bias_integers(np.array([1.0, -0.5], np.float32), np.array([0.5, 0.25], np.float32)).tolist()
+        >>> bias_integers(np.array([1.0, -0.5], np.float32), np.array([0.5, 0.25], np.float32), np.zeros(2, int)).tolist()
         [2, -2]
     """
     found = np.rint(values.astype(np.float64) / scale.astype(np.float64))
-    limits = np.iinfo(np.int32)
-    if found.min(initial=0) < limits.min or found.max(initial=0) > limits.max:
+    limit = np.iinfo(np.int32).max
+    if np.abs(found).max(initial=0) > limit or greatest_sum.max(initial=0) > limit // 2:
         return None
-    return found.astype(np.int32)
+    return np.clip(found, greatest_sum - limit, limit - greatest_sum).astype(np.int32)

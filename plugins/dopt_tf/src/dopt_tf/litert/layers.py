@@ -148,7 +148,10 @@ def place_layer(model: FlatModel, graph: FrozenGraph, layer: LayerParams, start:
     """
     operator = _producer(model, end)
     kind = None if operator is None else KINDS.get(model.name_of(operator))
-    if operator is None or kind is None or start not in _sources(model, operator.inputs[kind.input]):
+    if operator is None or kind is None:
+        raise unplaced(layer, graph)
+    source = operator.inputs[kind.input]
+    if start not in _sources(model, source) and source not in _sources(model, start):  # it may do padding itself
         raise unplaced(layer, graph)
     values = model.constant(operator.inputs[kind.weight])
     if values is None or values.dtype != np.float32:
@@ -162,16 +165,20 @@ def place_layer(model: FlatModel, graph: FrozenGraph, layer: LayerParams, start:
         found = model.constant(operator.inputs[kind.bias])
     channels = values.shape[kind.axis]
     bias = np.zeros(channels, np.float32) if found is None else found.reshape(-1)
-    return Place(layer, operator, kind, step, weight, axis, None if step is None else _sums(layer, step, bias))
+    others = tuple(place for place in range(weight.ndim) if place != kind.axis)
+    greatest = 255 * np.abs(weight.astype(np.int64)).sum(axis=others)
+    return Place(
+        layer, operator, kind, step, weight, axis, None if step is None else _sums(layer, step, bias, greatest)
+    )
 
 
-def _sums(layer: LayerParams, step: Step, bias: NDArray[np.float32]) -> Sums | None:
+def _sums(layer: LayerParams, step: Step, bias: NDArray[np.float32], greatest: NDArray[np.int64]) -> Sums | None:
     if layer.bias is not None:
         scale = np.asarray(layer.bias.scale, np.float32)
     else:
         weights = np.broadcast_to(np.asarray(layer.weight.scale, np.float32), bias.shape)
         scale = np.asarray(np.float32(step.scale) * weights, np.float32)
-    integers = bias_integers(bias, scale)
+    integers = bias_integers(bias, scale, greatest)
     return None if integers is None else Sums(step, integers, scale)
 
 
