@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import tensorflow as tf
 from graphs import randomize, run_pb, session
 
@@ -18,14 +17,17 @@ from dopt_tf.litert.frozen_graph import FrozenGraph
 v1 = tf.compat.v1
 
 
-def export(build, folder, feeds, outputs=("logits",), strategy="Quant_INT8-8", only=None):
-    """Calibrate a graph and export it; return what the quantized session computes."""
+def export(build, folder, feeds, outputs=("logits",), strategies=None):
+    """Calibrate a graph and export it; return what the quantized session computes.
+
+    The ``strategies`` are by layer; the others have 8 bits.
+    """
     names = [f"{name}:0" for name in outputs]
     with session(build) as (sess, _):
         config = dopt_api.generate_config(sess, None, folder / "config.json")
         content = json.loads(config.read_text(encoding="utf-8"))
         for name, layer in content["layer_strategy"].items():
-            layer["quant_strategy"] = strategy if only is None or name in only else "float"
+            layer["quant_strategy"] = (strategies or {}).get(name, "Quant_INT8-8")
         config.write_text(json.dumps(content), encoding="utf-8")
         randomize(sess)
         path = v1.train.Saver().save(sess, str(folder / "float"))
@@ -42,8 +44,8 @@ def export(build, folder, feeds, outputs=("logits",), strategy="Quant_INT8-8", o
     return simulated
 
 
-def record_outputs(folder, feeds, only=None):
-    """Put the range of each layer's output, or of those that ``only`` names, into the parameter file."""
+def record_outputs(folder, feeds, of=None):
+    """Put the range of each layer's output, or of those that ``of`` names, into the parameter file."""
     params, graph = read_params(folder / "quant_params.json"), FrozenGraph(folder / "model.pb")
     edges = [graph.path_of(layer, layer.node, layer.input.tensor)[-1] for layer in params.layers]
     values = run_pb(folder, [split(edge)[0] for edge in edges], feeds)
@@ -52,7 +54,7 @@ def record_outputs(folder, feeds, only=None):
     for layer, edge, value in zip(params.layers, edges, values, strict=True):
         scale, zero_point = scale_zero_point(value.min(), value.max(), Grid(8))
         output = inputs.get(edge, TensorParams(edge, "uint8", 8, (float(scale),), (int(zero_point),), None))
-        layers.append(replace(layer, output=output if only is None or layer.name in only else None))
+        layers.append(replace(layer, output=output if of is None or layer.name in of else None))
     return rewrite(folder, QuantParams(params.model, tuple(layers)))
 
 

@@ -8,14 +8,14 @@ import tensorflow as tf
 from dopt_api.integer_sums import convolution_sums
 from dopt_tf.litert.flatbuffer import FlatModel, schema
 
-REFERENCE = tf.lite.experimental.OpResolverType.BUILTIN_REF
+PLAIN = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 FASTEST = tf.lite.experimental.OpResolverType.AUTO
 
 
 class Run:
     """A run of a model: its tensors by name."""
 
-    def __init__(self, content, feeds, kernels=REFERENCE):
+    def __init__(self, content, feeds, kernels=PLAIN):
         self.model = FlatModel(content)
         self.kinds = [self.model.name_of(operator) for operator in self.model.operators]
         with warnings.catch_warnings():
@@ -23,7 +23,7 @@ class Run:
             self._interpreter = tf.lite.Interpreter(
                 model_content=content,
                 experimental_op_resolver_type=kernels,
-                experimental_preserve_all_tensors=kernels == REFERENCE,
+                experimental_preserve_all_tensors=kernels == PLAIN,
             )
         inputs = {detail["name"]: detail["index"] for detail in self._interpreter.get_input_details()}
         for name, values in feeds.items():

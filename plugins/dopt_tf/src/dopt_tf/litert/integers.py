@@ -61,11 +61,12 @@ def bias_integers(
         greatest_sum: How great the magnitude of the sum of each channel can be, ``[C]``.
 
     Example:
-        >>> bias_integers(np.array([1.0, -0.5], np.float32), np.array([0.5, 0.25], np.float32), np.zeros(2, int)).tolist()
-        [2, -2]
+        >>> bias, scale = np.array([1.0, -2.0], np.float32), np.array([0.5, 2.0**-30], np.float32)
+        >>> bias_integers(bias, scale, np.array([100, 100])).tolist()
+        [2, -2147483547]
     """
     found = np.rint(values.astype(np.float64) / scale.astype(np.float64))
     limit = np.iinfo(np.int32).max
-    if np.abs(found).max(initial=0) > limit or greatest_sum.max(initial=0) > limit // 2:
+    if np.abs(found).max(initial=0) > limit + 1 or greatest_sum.max(initial=0) > limit // 2:
         return None
     return np.clip(found, greatest_sum - limit, limit - greatest_sum).astype(np.int32)
