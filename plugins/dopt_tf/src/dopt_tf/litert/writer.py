@@ -91,13 +91,19 @@ def _in_order(model: FlatModel, graph: FrozenGraph, found: list[tuple[LayerParam
 
 def _report(name: str, places: dict[int, Place], grids: Grids) -> None:
     """Say which layers that read integers run in float all the same, and why."""
+    reasons: dict[str, list[str]] = {}
     for index, place in places.items():
         if place.input is None or grids.in_integers(index):
             continue
         if not place.kind.integer:
-            why = f"an operation {place.params.op_type!r} is kept float"
+            why = f"{place.params.op_type} is kept float"
         elif place.sums is None:
-            why = "its bias does not fit int32"
+            why = "the bias does not fit int32"
         else:
-            why = "no grid is known for its output"
-        _log.warning("%s: the layer %r runs in float, with integer weights: %s.", name, place.params.name, why)
+            why = "no grid is known for the output"
+        reasons.setdefault(why, []).append(place.params.name)
+    for why, layers in reasons.items():
+        _log.warning(
+            "%s: %d of %d quantized layers run in float, with integer weights, as %s: %s",
+            *(name, len(layers), len(places), why, ", ".join(layers)),
+        )
