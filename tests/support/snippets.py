@@ -17,8 +17,9 @@ from __future__ import annotations
 import doctest
 import re
 import shlex
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,17 @@ class Block:
     language: str
     words: str
     code: str
-    row: str
+    row: str = ""
+
+    @property
+    def marked_row(self) -> str:
+        """The row that the block itself names, if it does."""
+        return next((word for word in self.words.split() if word in ROWS), "")
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is something to run."""
+        return not self.not_run and self.language in ("python", "pycon")
 
     @property
     def not_run(self) -> str:
@@ -57,27 +68,19 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     """Return the blocks of a page that have a language, in order."""
     text = page.read_text(encoding="utf-8")
-    found = [match.groups() + (text[: match.start(4)].count("\n"),) for match in FENCE.finditer(text)]
-    ours = [code for _, language, words, code, _ in found if language == "python" and "not-run" not in (words or "")]
+    found = [
+        Block(page, text[: match.start(4)].count("\n"), match[2], match[3] or "", match[4])
+        for match in FENCE.finditer(text)
+    ]
+    ours = [block.code for block in found if block.language == "python" and not block.not_run]
     frameworks = {name.replace("tensorflow", "tf") for code in ours for name in FRAMEWORK.findall(code)}
-    whole = "core" if not frameworks else frameworks.pop() if len(frameworks) == 1 else ""
-    return [
-        Block(
-            page, line, language, words or "", code, next((row for row in ROWS if row in (words or "").split()), whole)
-        )
-        for _, language, words, code, line in found
-    ]
+    row = "" if len(frameworks) > 1 else next(iter(frameworks), "core")
+    return [replace(block, row=block.marked_row or row) for block in found]
 
 
-def pages(row: str) -> list[Any]:
-    """Return the pages that have something to run in a row, as pytest parameters."""
-    return [
-        page
-        for page in PAGES
-        if any(
-            block.row == row and block.language in ("python", "pycon") and not block.not_run for block in blocks(page)
-        )
-    ]
+def pages(row: str) -> list[Path]:
+    """Return the pages that have something to run in a row."""
+    return [page for page in PAGES if any(block.row == row and block.runs for block in blocks(page))]
 
 
 def name_of(page: Path) -> str:
@@ -90,6 +93,8 @@ def run(page: Path, row: str, folder: Path) -> dict[str, Any]:
 
     The current folder is to be ``folder``, which is empty.
     """
+    for module in [name for name in sys.modules if name.split(".")[0] == "my_project"]:
+        del sys.modules[module]  # another page's
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.row != row or block.not_run:
