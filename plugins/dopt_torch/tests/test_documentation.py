@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from snippets import name_of, pages, run
 
@@ -33,7 +34,14 @@ def pytorch(names, folder):
     assert (folder / "quant.pth").stat().st_size > 1000
 
 
-PROMISES = {"README.md": readme, "docs/mixed-precision.md": mixed_precision, "docs/pytorch.md": pytorch}
+def deploy(names, folder):
+    first, last = names["model"][:3], names["layer"]
+    assert last.name == "3/Linear"
+    x = first(names["torch"].from_numpy(names["x"])).detach().numpy()
+    np.testing.assert_allclose(names["linear"](x), names["found"], atol=0.02)
+
+
+PROMISES = {"docs/deploy.md": deploy, "README.md": readme, "docs/mixed-precision.md": mixed_precision, "docs/pytorch.md": pytorch}
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # what a page opens by the way
