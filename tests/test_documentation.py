@@ -6,15 +6,21 @@ import re
 
 import click
 import pytest
-from snippets import PAGES, ROWS, blocks, check_options, commands, name_of, pages, run
+from snippets import PAGES, ROOT, ROWS, blocks, check_options, commands, name_of, pages, run
+
+from dopt_api import errors
 
 NOT_RUN = {"docs/deploy.md": 1, "docs/migration.md": 4}
 """How many blocks of a page are not run. Each says why; code of our own always runs."""
+
+ERRORS = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+KINDS = [name for name in errors.__all__ if name.endswith("Error")]
 
 
 @pytest.mark.parametrize("page", pages("core"), ids=name_of)
 def test_the_code_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     run(page, "core", tmp_path)
 
 
@@ -41,6 +47,17 @@ def test_commands_and_options_exist(page):
     code = re.findall(r"^```[^\n]*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for arguments in commands("\n".join(part for part in code if re.search(r"^(\$ )?dopt ", part, re.MULTILINE))):
         check_options(arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_has_a_section_that_shows_it(kind):
+    found = re.search(rf"^## `{kind}`$(.*?)(?=^## |\Z)", ERRORS, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/errors.md has no section about {kind}"
+    assert kind == "DoptError" or f"\ndopt_api.errors.{kind}: " in found[1]
+
+
+def test_no_section_is_about_an_error_that_does_not_exist():
+    assert set(re.findall(r"^## `(\w+)`$", ERRORS, re.MULTILINE)) == set(KINDS)
 
 
 @pytest.mark.parametrize("arguments", [["quantise"], ["quantize", "a:b", "c", "d", "--datum", "e"], ["config", "mend"]])
