@@ -28,7 +28,7 @@ import click
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ROWS = ("core", "torch", "tf")
-FENCE = re.compile(r"^(```|<!-- )(\w+)(?: ([^\n]*))?\n(.*?)^(?:```|-->)$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:```(\w+)|<!-- (python)\b)(?: ([^\n]*))?\n(.*?)^(?:```|-->)$", re.MULTILINE | re.DOTALL)
 FRAMEWORK = re.compile(r"^\s*(?:from|import) (?:dopt\.)?(?:dopt_)?(torch|tf|tensorflow)\b", re.MULTILINE)
 DOCTEST = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -69,7 +69,7 @@ def blocks(page: Path) -> list[Block]:
     """Return the blocks of a page that have a language, in order."""
     text = page.read_text(encoding="utf-8")
     found = [
-        Block(page, text[: match.start(4)].count("\n"), match[2], match[3] or "", match[4])
+        Block(page, text[: match.start(4)].count("\n"), match[1] or match[2], match[3] or "", match[4])
         for match in FENCE.finditer(text)
     ]
     ours = [block.code for block in found if block.language == "python" and not block.not_run]

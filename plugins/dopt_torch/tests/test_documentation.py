@@ -41,7 +41,12 @@ def deploy(names, folder):
     np.testing.assert_allclose(names["linear"](x), names["found"], atol=0.02)
 
 
-PROMISES = {"docs/deploy.md": deploy, "README.md": readme, "docs/mixed-precision.md": mixed_precision, "docs/pytorch.md": pytorch}
+PROMISES = {
+    "docs/deploy.md": deploy,
+    "README.md": readme,
+    "docs/mixed-precision.md": mixed_precision,
+    "docs/pytorch.md": pytorch,
+}
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # what a page opens by the way
