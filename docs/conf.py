@@ -33,10 +33,13 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # the anchors that the repository's own pages have
 suppress_warnings = ["misc.highlighting_failure"]  # a strategy file may have comments that JSON has not
 
+highlight_language = "text"  # of blocks that do not say theirs
+
 html_theme = "furo"
 html_title = f"dopt {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
 html_math_renderer = "mathml"
