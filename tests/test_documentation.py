@@ -43,6 +43,13 @@ def test_no_fence_is_overlooked(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_block_that_is_a_file_is_preceded_by_its_name(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for block in blocks(page):
+        assert not block.file or lines[block.line - 3] == f"`{block.file}`:", f"line {block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_exist(page):
     code = re.findall(r"^```[^\n]*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for arguments in commands("\n".join(part for part in code if re.search(r"^(\$ )?dopt ", part, re.MULTILINE))):
