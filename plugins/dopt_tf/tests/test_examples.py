@@ -31,6 +31,6 @@ def test_calibration(tmp_path):
 def test_retraining(tmp_path):
     found = figures("retrain.py", tmp_path)
     assert found["calibrated, quant_flag 1"] < found["float"]
-    assert found["retrained, quant_flag 1"] > found["calibrated, quant_flag 1"]
+    assert found["retrained, quant_flag 1"] >= found["float"]
     assert found["frozen graph, weights alone quantized"] == pytest.approx(found["retrained, quant_flag 1"], abs=2)
     assert {layer.strategy for layer in read_params(tmp_path / "quant_params.json").layers} == {"Quant_INT8-4"}

@@ -61,7 +61,7 @@ def test_retraining_by_two_processes(tmp_path):
         runs = [started([*launcher, *command])]
     found = figures(finished(*runs))
     assert found["calibrated, simulated in PyTorch"] < found["float"]
-    assert found["retrained, simulated in PyTorch"] > found["calibrated, simulated in PyTorch"]
+    assert found["retrained, simulated in PyTorch"] >= found["float"]
     assert found["retrained, integers in ONNX Runtime"] == pytest.approx(
         found["retrained, simulated in PyTorch"], abs=1
     )
