@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from dopt_api.params import read_params
 
@@ -33,4 +35,8 @@ def test_retraining(tmp_path):
     assert found["calibrated, quant_flag 1"] < found["float"]
     assert found["retrained, quant_flag 1"] >= found["float"]
     assert found["frozen graph, weights alone quantized"] == pytest.approx(found["retrained, quant_flag 1"], abs=2)
+    state = tf.train.load_checkpoint(str(tmp_path / "quant.ckpt"))
+    gains = [name for name in state.get_variable_to_shape_map() if name.endswith("gain")]
+    assert len(gains) == 8
+    assert all(np.abs(state.get_tensor(name)).max() > 1e-6 for name in gains)  # learned
     assert {layer.strategy for layer in read_params(tmp_path / "quant_params.json").layers} == {"Quant_INT8-4"}

@@ -65,6 +65,8 @@ def test_retraining_by_two_processes(tmp_path):
     assert found["retrained, integers in ONNX Runtime"] == pytest.approx(
         found["retrained, simulated in PyTorch"], abs=1
     )
+    state = torch.load(tmp_path / "quant.pth")
+    assert all(value.abs().item() > 1e-6 for name, value in state.items() if name.endswith("input_gain"))  # learned
     assert {layer.strategy for layer in read_params(tmp_path / "quant_params.json").layers} == {"Quant_INT8-4"}
 
 
