@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dopt_api.cli.factories import call_factory
 from dopt_api.cli.output import as_json_option, print_json
-
-if TYPE_CHECKING:
-    from dopt_api.quantizer.rounding import RoundedLayer
-    from dopt_api.types import BackendInfo, Plan
 
 __all__ = ["command"]
 
@@ -67,6 +61,7 @@ def command(
     """
     from dopt_api import extensions, facade, manager  # noqa: PLC0415  # help does not need it
     from dopt_api.formats import get_format  # noqa: PLC0415  # likewise
+    from dopt_api.report.notes import write_quantization  # noqa: PLC0415  # likewise
 
     for name in formats:
         get_format(name)  # what cannot be written is said before the work
@@ -85,7 +80,7 @@ def command(
         ) from None
     folder = output_dir / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, layers = calibrate(
+    checkpoint, layers, *more = calibrate(
         model,
         config,
         call_factory(data),
@@ -105,7 +100,8 @@ def command(
         formats=formats,
         backend=chosen.name,
     )
-    files = [result.model, result.params, *result.others, _write_notes(output_dir, plan, chosen.info, layers)]
+    notes = write_quantization(output_dir, plan, chosen.info, layers, more[0] if more else {})
+    files = [result.model, result.params, *result.others, notes]
     if as_json:
         print_json({"files": [str(file) for file in files], "layers": [asdict(layer) for layer in layers]})
         return
@@ -129,26 +125,3 @@ class _Progress:
 
         console = Console(stderr=True)
         return track(steps, next(self.names, ""), console=console, disable=not sys.stderr.isatty())
-
-
-def _write_notes(folder: Path, plan: Plan, backend: BackendInfo, layers: list[RoundedLayer]) -> Path:
-    """Write what rounding did to each layer, and from what it all came."""
-    from dopt_api import __version__  # noqa: PLC0415  # help does not need it
-    from dopt_api.files import write_text  # noqa: PLC0415  # likewise
-    from dopt_api.report import QUANTIZATION  # noqa: PLC0415  # likewise
-
-    config, found = plan.config_file, plan.model_layers
-    content = {
-        "config": {"name": config.name, "sha256": hashlib.sha256(config.read_bytes()).hexdigest()},
-        "versions": {
-            "dopt-api": __version__,
-            f"backend {backend.name}": backend.version,
-            backend.framework: backend.framework_version,
-        },
-        "layers": [asdict(layer) for layer in layers],
-        "float": [layer.name for layer in found.layers if layer.name not in plan.quantized],
-        "not_quantizable": [
-            {"name": layer.name, "op_type": layer.op_type, "reason": layer.reason} for layer in found.not_quantizable
-        ],
-    }
-    return write_text(folder / QUANTIZATION, json.dumps(content, indent=1) + "\n")

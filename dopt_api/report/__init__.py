@@ -7,7 +7,6 @@ It is made from an exported folder: ``quant_params.json``, the model beside it a
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections import Counter
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from dopt_api.errors import ParamsError, PlotError
+from dopt_api.errors import PlotError
 from dopt_api.files import StrPath, write_text
 from dopt_api.params import LayerParams, QuantParams, read_params
+from dopt_api.report.notes import QUANTIZATION, read_quantization
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from dopt_api.verify import Feed, Verification
 
 __all__ = ["QUANTIZATION", "write_report"]
-
-QUANTIZATION = "quantization.json"
-"""What ``dopt quantize`` writes beside the exported files: what rounding did, and from what it all came."""
 
 BINS = 41
 """Bars of a histogram: enough to see its form, few enough for thousands of layers."""
@@ -78,13 +75,13 @@ def write_report(folder: StrPath, file: StrPath | None = None, *, feeds: Iterabl
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, autoescape=True
     )
-    page = environment.get_template("report.html.j2").render(_content(source, params, found))
+    page = environment.get_template("page.html.j2").render(_content(source, params, found))
     return write_text(source / "report.html" if file is None else file, page)
 
 
 def _content(folder: Path, params: QuantParams, found: Verification | None) -> dict[str, Any]:
     """Return what the template speaks of."""
-    about = _about(folder / QUANTIZATION)
+    about = read_quantization(folder / QUANTIZATION)
     rounded = {layer["name"]: layer for layer in about.get("layers", [])}
     checks = {} if found is None else {check.name: check for check in found.layers}
     integers = _integers(folder / params.model, params)
@@ -126,28 +123,6 @@ def _content(folder: Path, params: QuantParams, found: Verification | None) -> d
         ],
         "config": about.get("config"),
     }
-
-
-def _about(file: Path) -> dict[str, Any]:
-    """Return what ``dopt quantize`` noted; nothing if another way led to the export.
-
-    Raises:
-        ParamsError: The file is there and is not what it should be.
-    """
-    if not file.exists():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for layer in content["layers"]:
-            layer["name"], layer["nearest"], layer["rounded"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ParamsError(
-            f"The file {str(file)!r} cannot be understood: {type(error).__name__}: {error}",
-            where=str(file.absolute()),
-            expected="what dopt quantize wrote",
-            fix="Remove it to have the page without it, or run dopt quantize again.",
-        ) from error
-    return content
 
 
 def _integers(model: Path, params: QuantParams) -> dict[str, NDArray[Any]]:
