@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dopt_api.errors import OutputError
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # not on Windows: there, what killed processes leave stays
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 __all__ = ["StrPath", "staged", "write_text"]
 

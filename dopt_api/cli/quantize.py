@@ -101,7 +101,7 @@ def command(
         backend=chosen.name,
     )
     notes = write_quantization(output_dir, plan, chosen.info, layers, more[0] if more else {})
-    files = [result.model, result.params, *result.others, notes]
+    files = [result.model, result.params, *result.others, notes, *_take_tuning(config, output_dir)]
     if as_json:
         print_json({"files": [str(file) for file in files], "layers": [asdict(layer) for layer in layers]})
         return
@@ -111,6 +111,15 @@ def command(
         click.echo(f"{count} rounded to nearest: {reason}")
     for file in files:
         click.echo(file)
+
+
+def _take_tuning(config: Path, folder: Path) -> list[Path]:
+    """Copy what ``dopt tune`` left beside the strategy file to where a report finds it."""
+    from dopt_api.files import write_text  # noqa: PLC0415  # help does not need it
+    from dopt_api.report.notes import TUNING, tuning_beside  # noqa: PLC0415  # likewise
+
+    file = tuning_beside(config)
+    return [write_text(folder / TUNING, file.read_text(encoding="utf-8"))] if file.is_file() else []
 
 
 class _Progress:

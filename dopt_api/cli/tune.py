@@ -45,7 +45,7 @@ def _share(_context: click.Context, _parameter: click.Parameter, text: str) -> f
     "--strategy", "strategies", multiple=True, metavar="NAME", help="One to choose from.  [default: integers]"
 )
 @click.option("--cost", type=click.Choice(["size", "bit_operations"]), default="size", show_default=True)
-@click.option("--output", type=FILE, help="The strategy file to write.  [default: nothing is written]")
+@click.option("--output", type=FILE, help="The strategy file to write; beside it NAME.tuning.json, for dopt report.")
 @click.option("--picture", type=FILE, help="A picture of the trade-off: .png, .svg or .pdf (needs Matplotlib).")
 @click.option("--output-name", "output_names", multiple=True, metavar="NAME", help="For TensorFlow: an output.")
 @click.option("--backend", metavar="NAME", help="The backend.  [default: that of the model's type]")
@@ -71,6 +71,7 @@ def command(
     from dopt_api import config as strategy_files  # noqa: PLC0415  # help does not need it
     from dopt_api import extensions, facade, manager, search  # noqa: PLC0415  # likewise
     from dopt_api.errors import closest  # noqa: PLC0415  # likewise
+    from dopt_api.report.notes import tuning_beside, write_tuning  # noqa: PLC0415  # likewise
     from dopt_api.strategy import INTEGER_STRATEGIES, strategy_names  # noqa: PLC0415  # likewise
 
     known = strategy_names()
@@ -94,16 +95,21 @@ def command(
     whole = sum(choice.cost for choice in choices if present.get(choice.layer) == choice.strategy)
     allowed = [one for one in choices if not strategies or one.strategy in (*strategies, "float")]
     point = search.choose(allowed, budget * whole)
+    files: list[Path] = []
+    if picture is not None or output is not None:
+        least = sum(min(one.cost for one in allowed if one.layer == name) for name in point.strategies)
+        shares = [share for share in SHARES if share != budget and share * whole >= least]
+        points = [point, *search.trade_off(allowed, [share * whole for share in shares])]
     if picture is not None:
         from dopt_api.plots import plot_trade_off  # noqa: PLC0415  # an extra
 
-        least = sum(min(one.cost for one in allowed if one.layer == name) for name in point.strategies)
-        shares = sorted({budget, *(share for share in SHARES if share * whole >= least)})
-        plot_trade_off(search.trade_off(allowed, [share * whole for share in shares]), picture, cost=cost)
+        files.append(plot_trade_off(points, picture, cost=cost))
     if output is not None:
         strategy_files.assign(config, point.strategies, output)
+        files += [output, write_tuning(tuning_beside(output), output, choices, points, whole, cost)]
     if as_json:
-        print_json({"strategies": point.strategies, "damage": point.damage, "cost": point.cost, "of": whole})
+        found = {"strategies": point.strategies, "damage": point.damage, "cost": point.cost, "of": whole}
+        print_json({**found, "files": [str(file) for file in files]})
         return
     damages = {(one.layer, one.strategy): one.damage for one in choices}
     rows = [(name, strategy, f"{damages[name, strategy]:.2e}") for name, strategy in point.strategies.items()]
@@ -111,5 +117,5 @@ def command(
     click.echo(
         f"\ncost: {point.cost / whole:.1%} of {config}; predicted damage: {point.damage:.2e} of the outputs' energy"
     )
-    if output is not None:
-        click.echo(output)
+    for file in files:
+        click.echo(file)

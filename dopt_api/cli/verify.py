@@ -58,7 +58,10 @@ def command(params: Path, data: Path | None, picture: Path | None, min_sqnr: flo
 
         plot_verification(found, picture)
     if as_json:
-        click.echo(json.dumps(_finite(asdict(found)), indent=2, allow_nan=False))
+        content = asdict(found)
+        for layer in content["layers"]:
+            del layer["inputs"]  # long, and for the report
+        click.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
     else:
         columns = ("layer", "SQNR dB", "cosine", "clipped", "hazard", "off")
         worst_first = sorted(found.layers, key=lambda one: one.sqnr_db)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "QUANTIZATION",
     "TUNING",
+    "digest",
     "read_quantization",
     "read_tuning",
     "tuning_beside",
