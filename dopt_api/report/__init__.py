@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from dopt_api.files import StrPath, write_text
 from dopt_api.params import QuantParams, read_params
-from dopt_api.report.details import details
+from dopt_api.report.details import details_of
 from dopt_api.report.drawing import STATES, draw
 from dopt_api.report.notes import QUANTIZATION, TUNING, digest, read_quantization, read_tuning
-from dopt_api.report.summary import sizes, summary
+from dopt_api.report.summary import sizes, summarize
 from dopt_api.report.table import COLUMNS, TEXTS, empty_columns, rows
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ def _content(
     table = rows(params, integers, rounded, checks)
     return {
         "title": params.model,
-        "summary": summary(params, integers, about, found),
+        "summary": summarize(params, integers, about, found),
         "sizes": sizes(folder / params.model, files),
         "columns": COLUMNS,
         "texts": TEXTS,
         "rows": table,
         "empty": empty_columns(table),
         "details": [
-            details(layer, integers.get(layer.weight.tensor), inputs.get(layer.name), rounded.get(layer.name, {}))
+            details_of(layer, integers.get(layer.weight.tensor), inputs.get(layer.name), rounded.get(layer.name, {}))
             for layer in params.layers
         ],
         "states": STATES,

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from dopt_api.quantizer.histogram import Histogram
 
-__all__ = ["BINS", "details"]
+__all__ = ["BINS", "details_of"]
 
 BINS = 51
 """Bars of a histogram of weights: enough to see its form, few enough for thousands of layers."""
 
 
-def details(
+def details_of(
     layer: LayerParams,
     values: NDArray[Any] | None,
     inputs: Histogram | None,

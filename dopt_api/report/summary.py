@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from dopt_api.verify import Verification
 
-__all__ = ["MODELS", "sizes", "summary"]
+__all__ = ["MODELS", "sizes", "summarize"]
 
 MODELS = (".onnx", ".pb", ".tflite", ".safetensors")
 """Ends of names of files that hold a whole model."""
 
 
-def summary(
+def summarize(
     params: QuantParams, integers: Mapping[str, NDArray[Any]], about: Mapping[str, Any], found: Verification | None
 ) -> list[tuple[str, str]]:
     """Return what is known, as names and values.
