@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from dopt_api.cli.output import as_json_option, print_json
+
 __all__ = ["command"]
+
+
+EXAMPLES = """\b
+Examples:
+  dopt convert output --to onnx_qdq
+  dopt convert output --to csv --to safetensors --output-dir others
+  dopt convert --list
+"""
 
 
 def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -20,7 +29,7 @@ def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         context.exit()
 
 
-@click.command("convert")
+@click.command("convert", epilog=EXAMPLES)
 @click.argument("params", type=click.Path(path_type=Path))
 @click.option("--to", "formats", metavar="FORMAT", multiple=True, help="The format; may be given several times.")
 @click.option(
@@ -38,7 +47,7 @@ def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     callback=_list,
     help="Print the names of all formats.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@as_json_option
 def command(params: Path, formats: tuple[str, ...], output_dir: Path | None, as_json: bool) -> None:
     """Write an exported model in the form that a runtime takes.
 
@@ -51,7 +60,7 @@ def command(params: Path, formats: tuple[str, ...], output_dir: Path | None, as_
     file = params / "quant_params.json" if params.is_dir() else params
     written = {name: [str(path) for path in convert(file, name, output_dir or file.parent)] for name in formats}
     if as_json:
-        click.echo(json.dumps(written, indent=2))
+        print_json(written)
         return
     for name, paths in written.items():
         for path in paths:

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from dopt_api.cli.factories import call_factory
-from dopt_api.cli.output import as_json_option, print_json
+from dopt_api.cli.factories import Batches, call_factory, data_factory_option
+from dopt_api.cli.output import as_json_option, make_folder, print_json
 
 __all__ = ["command"]
 
@@ -26,15 +26,23 @@ Example:
 
 @click.command("quantize", epilog=EXAMPLES)
 @click.argument("factory", metavar="FACTORY")
-@click.argument("config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("config", type=click.Path(path_type=Path))
 @click.argument("output_dir", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--data", required=True, metavar="FACTORY", help="package.module:function that returns batches, any iterable."
-)
+@data_factory_option
 @click.option("--format", "formats", multiple=True, metavar="NAME", help="A format to write as well (dopt convert).")
-@click.option("--samples", default=32, show_default=True, help="How many samples the rounding of weights looks at.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="How many samples the rounding of weights looks at.",
+)
 @click.option("--short-sums", is_flag=True, help="For processors with AVX2 and without VNNI (docs/formats.md).")
-@click.option("--seconds", type=float, help="The time for the rounding; layers left over are rounded to nearest.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    help="The time for the rounding; layers left over are rounded to nearest.",
+)
 @click.option("--output-name", "output_names", multiple=True, metavar="NAME", help="An output of the written graph.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size of the written graph open.")
 @click.option("--backend", metavar="NAME", help="The backend.  [default: that of the model's type]")
@@ -78,18 +86,19 @@ def command(
         raise click.ClickException(
             f"The backend {chosen.name!r} has no post-training of its own: calibrate in a script instead."
         ) from None
-    folder = output_dir / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, layers, *more = calibrate(
-        model,
-        config,
-        call_factory(data),
-        folder,
-        samples=samples,
-        short_sums=short_sums,
-        seconds=seconds,
-        progress=_Progress(),
-    )
+    batches = Batches(data)
+    folder = make_folder(output_dir / "checkpoint")
+    with batches.told():
+        checkpoint, layers, *more = calibrate(
+            model,
+            config,
+            batches,
+            folder,
+            samples=samples,
+            short_sums=short_sums,
+            seconds=seconds,
+            progress=_Progress(),
+        )
     result = facade.export(
         call_factory(factory),
         config,

@@ -30,7 +30,7 @@ def _facts(_context: click.Context, _parameter: click.Parameter, given: tuple[st
 
 
 @click.command("report", epilog=EXAMPLES)
-@click.argument("output_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("output_dir", type=click.Path(path_type=Path, file_okay=False))
 @data_option("not run: the page has no figures of outputs")
 @click.option(
     "--tuning",

@@ -30,7 +30,14 @@ def data_option(default: str) -> Callable[[F], F]:
     )
 
 
-@click.command("verify")
+EXAMPLES = """\b
+Examples:
+  dopt verify output
+  dopt verify output --data batch.npz --min-sqnr 20 --picture layers.png
+"""
+
+
+@click.command("verify", epilog=EXAMPLES)
 @click.argument("params", type=click.Path(path_type=Path))
 @data_option("made up")
 @click.option(
