@@ -51,7 +51,13 @@ def _share(_context: click.Context, _parameter: click.Parameter, text: str) -> f
 @click.option(
     "--strategy", "strategies", multiple=True, metavar="NAME", help="One to choose from.  [default: integers]"
 )
-@click.option("--cost", type=click.Choice(["size", "bit_operations"]), default="size", show_default=True)
+@click.option(
+    "--cost",
+    type=click.Choice(["size", "bit_operations"]),
+    default="size",
+    show_default=True,
+    help="What the budget is of: bits of weights, or multiplications times bits.",
+)
 @click.option("--output", type=FILE, help="The strategy file to write; beside it NAME.tuning.json, for dopt report.")
 @click.option("--picture", type=FILE, help="A picture of the trade-off: .png, .svg or .pdf (needs Matplotlib).")
 @click.option("--output-name", "output_names", multiple=True, metavar="NAME", help="For TensorFlow: an output.")
