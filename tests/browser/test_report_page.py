@@ -1,9 +1,10 @@
 """The page of ``dopt report`` in a real browser: what it shows and does, on a desk, a phone, paper, and when large."""
 
+import importlib.util
 import json
 import os
 import re
-import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -25,7 +26,10 @@ SLOWNESS = 4 if os.environ.get("CI") else 1
 
 @pytest.fixture(scope="module")
 def browser():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    place = importlib.util.spec_from_file_location("get_chromium", Path(__file__).with_name("get_chromium.py"))
+    found = importlib.util.module_from_spec(place)
+    place.loader.exec_module(found)
+    program = found.chromium()
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield launched
