@@ -111,7 +111,7 @@ def read(path: StrPath) -> StrategyFile:
         raise ConfigError(
             f"The strategy file {str(file)!r} cannot be read: {error.strerror or error}",
             where=str(file.absolute()),
-            fix="Check the path, or write a new file with generate_config_file.",
+            fix="Check the path, or write a new file with generate_config_file (dopt config new).",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -178,7 +178,8 @@ def check(file: StrategyFile, found: ModelLayers) -> Plan:
             f"The model has no layer {name!r}",
             where=file.where("layer_strategy", name),
             expected=f"one of the model's {len(known)} layers",
-            fix=f"{closest(name, known)} Otherwise remove it, or write a new file: layers cannot be added.".strip(),
+            fix=f"{closest(name, known) or 'Use the file of this model.'} Otherwise remove the layer, or write a new "
+            "file (dopt config new): layers cannot be added.",
         )
     missing = [name for name in known if name not in file.layers]
     if missing:

@@ -4,7 +4,8 @@ The group says what it is: ``dopt.strategies`` for a :class:`dopt_api.strategy.S
 from statistics and grid to a range, ``dopt.formats`` for a writer (:mod:`dopt_api.formats`). ``dopt.post_training`` has
 what ``dopt quantize`` calls for models of the backend of that name: a function of the model, the strategy file, the
 batches and a folder for the checkpoint, and of the keywords ``samples``, ``short_sums``, ``seconds`` and ``progress``,
-that returns the checkpoint and a list of :class:`dopt_api.quantizer.rounding.RoundedLayer`; ``dopt.sensitivity`` what
+that returns the checkpoint, a list of :class:`dopt_api.quantizer.rounding.RoundedLayer` and, if it likes, what
+calibration saw, a mapping from layers to :class:`dopt_api.quantizer.Statistics`; ``dopt.sensitivity`` what
 ``dopt tune`` calls: a function of the model, the strategy file, the batches and the names of strategies, and of the
 keywords ``cost`` and ``output_names``, that returns a list of :class:`dopt_api.search.Choice`. ``dopt.graphs`` has
 what makes ONNX of a backend's own graphs, by the suffix of their files (:mod:`dopt_api.graphs`). Names are listed

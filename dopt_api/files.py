@@ -1,19 +1,37 @@
-"""Files appear whole or not at all: they are written aside and renamed into place."""
+"""Files appear whole or not at all: they are written aside and renamed into place.
+
+What is written aside stands in a folder that is locked while its process lives. A killed process leaves such a folder
+behind, unlocked, and the next that writes there removes it.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dopt_api.errors import OutputError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, what killed processes leave stays
+    fcntl = None
 
 __all__ = ["StrPath", "staged", "write_text"]
 
 StrPath = str | os.PathLike[str]
+
+ASIDE = ".dopt-aside-"
+"""What names of folders begin with in which files are written aside."""
+
+MOMENT = 2.0
+"""Seconds within which a new folder is locked for certain."""
 
 
 @contextmanager
@@ -47,8 +65,11 @@ def staged(directory: StrPath) -> Iterator[Path]:
             fix=f"Create it, for example by os.makedirs({str(target)!r}), or pass another one.",
         )
     aside: Path | None = None
+    lock: int | None = None
     try:
-        aside = Path(tempfile.mkdtemp(prefix=".dopt-", dir=target))
+        _remove_orphans(target)
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=target))
+        lock = _lock(aside)
         yield aside
         files = sorted(aside.iterdir())
         for file in files:
@@ -65,6 +86,8 @@ def staged(directory: StrPath) -> Iterator[Path]:
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def write_text(path: StrPath, text: str) -> Path:
@@ -81,6 +104,32 @@ def write_text(path: StrPath, text: str) -> Path:
     with staged(target.parent) as aside:
         (aside / target.name).write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until what is returned is closed or the process ends; ``None`` if it is locked or cannot be."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody's, gone, or on a file system without locks
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_orphans(directory: Path) -> None:
+    """Remove what killed processes were writing aside."""
+    for folder in directory.glob(f"{ASIDE}*"):
+        with suppress(OSError):  # another process may be quicker
+            young = time.time() - folder.stat().st_mtime < MOMENT and not any(folder.iterdir())
+            lock = None if young else _lock(folder)  # an empty one may be another's that is not locked yet
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def _refuse_directory(file: Path) -> None:

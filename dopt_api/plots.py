@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dopt_api.errors import PlotError
 from dopt_api.files import StrPath, staged
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dopt_api.verify import Verification
+
+NAMED = 120
+"""With more layers, the axis has numbers in place of their names."""
 
 __all__ = ["plot_sensitivity", "plot_trade_off", "plot_verification"]
 
@@ -113,7 +116,8 @@ def plot_verification(found: Verification, file: StrPath) -> Path:
     if not found.layers:
         raise PlotError("There is no quantized layer to draw", expected="a verification of one layer or more")
     places = range(len(found.layers))
-    figure = _figure(8.4, 1.6 + 0.2 * len(found.layers))
+    few = len(found.layers) <= NAMED
+    figure = _figure(8.4, 1.6 + 0.2 * min(len(found.layers), NAMED))
     ratio, overflow = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     shown = [
         (one.sqnr_db, place) for place, one in zip(places, found.layers, strict=True) if math.isfinite(one.sqnr_db)
@@ -125,7 +129,10 @@ def plot_verification(found: Verification, file: StrPath) -> Path:
     ):
         if math.isfinite(db):
             ratio.axvline(db, label=f"{label}: {db:.1f} dB", color=color, linestyle="--")
-    ratio.set_yticks(places, [one.name for one in found.layers], fontsize=7)
+    if few:
+        ratio.set_yticks(places, [one.name for one in found.layers], fontsize=7)
+    else:
+        ratio.set(ylabel="layer, in execution order")
     ratio.invert_yaxis()
     ratio.set(xlabel="SQNR against float [dB]", title="Integer model, layer by layer")
     overflow.barh(places, [100 * one.hazard for one in found.layers], color="#c84")
@@ -152,7 +159,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _write(figure: Figure, file: StrPath) -> Path:
-    """Write a picture whole or not at all."""
+    """Write a picture whole or not at all; the same picture has the same bytes, and an SVG texts that can be read."""
+    from matplotlib import rc_context  # noqa: PLC0415  # as above
+
     path = Path(file)
     known = figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
@@ -161,6 +170,7 @@ def _write(figure: Figure, file: StrPath) -> Path:
             where=str(path),
             expected=f"a name that ends in one of {', '.join(f'.{one}' for one in sorted(known))}",
         )
-    with staged(path.parent) as aside:
-        figure.savefig(aside / path.name, dpi=120)
+    options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with staged(path.parent) as aside, rc_context({"svg.fonttype": "none", "svg.hashsalt": "dopt"}):
+        figure.savefig(aside / path.name, dpi=120, **options)
     return path

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dopt_api.errors import SearchError
 
-__all__ = ["Choice", "Point", "choose", "trade_off"]
+__all__ = ["Choice", "Point", "choose", "require_solver", "trade_off"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,15 @@ def trade_off(choices: Iterable[Choice], budgets: Sequence[float]) -> list[Point
         ordered = {name: strategies[name] for name in layers}
         points.append(Point(ordered, float(damage[taken].sum()), float(cost[taken].sum())))
     return points
+
+
+def require_solver() -> None:
+    """Raise if there is nothing to search with; for those who have long work before the search.
+
+    Raises:
+        SearchError: SciPy is not installed.
+    """
+    choose([Choice("", "", 0.0, 0.0)], 0.0)
 
 
 def _solve(

@@ -26,6 +26,8 @@ from dopt_api.formats.integer_nodes import NodeKind, nodes_of
 from dopt_api.graphs import as_onnx, read_export
 from dopt_api.integer_sums import convolution_sums, matrix_sums
 from dopt_api.params import LayerParams, QuantParams
+from dopt_api.quantizer import Statistics
+from dopt_api.quantizer.histogram import Histogram, condensed
 from dopt_api.quantizer.short_sums import overflowing, partners
 
 __all__ = ["LayerCheck", "Verification", "verify"]
@@ -51,6 +53,7 @@ class LayerCheck:
             most, for the first sample: in units of the accumulator (input scale times weight scale), or of float32's
             last place where that is coarser. 0: the exact sum, rounded. ``None`` where there are no such sums,
             as for transposed convolutions and float inputs.
+        inputs: What its float inputs are like.
     """
 
     name: str
@@ -59,6 +62,7 @@ class LayerCheck:
     clipped: float
     hazard: float
     off: int | None = None
+    inputs: Histogram | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,14 @@ def verify(
         nodes = nodes_of(onnx.load(str(integer)), params)
         off = _off(integer, params, data[0])
     layers = tuple(
-        LayerCheck(layer.name, *_alike(exact[edge], found[edge]), _clipped(exact[edge_in], layer), hazard, distance)
+        LayerCheck(
+            layer.name,
+            *_alike(exact[edge], found[edge]),
+            _clipped(exact[edge_in], layer),
+            hazard,
+            distance,
+            _histogram(exact[edge_in]),
+        )
         for layer, edge, edge_in, hazard, distance in zip(params.layers, outputs, taken, hazards, off, strict=True)
     )
     ends = [np.concatenate([run[name].reshape(-1) for name in exact[""]]) for run in (exact, found, fast)]
@@ -216,6 +227,12 @@ def _clipped(x: NDArray[Any], layer: LayerParams) -> float:
     scale, zero_point = layer.input.scale[0], layer.input.zero_point[0]
     steps = np.rint(x / np.float32(scale)) + zero_point
     return float(np.mean((steps < 0) | (steps > (1 << layer.input.bits) - 1))) if x.size else 0.0
+
+
+def _histogram(x: NDArray[Any]) -> Histogram:
+    statistics = Statistics()
+    statistics.update(x.reshape(1, -1))
+    return condensed(statistics)
 
 
 def _off(integer: Path, params: QuantParams, feed: Feed) -> list[int | None]:

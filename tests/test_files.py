@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -104,6 +107,28 @@ def test_a_folder_in_the_way_of_one_file_keeps_back_all(tmp_path):
     with pytest.raises(OutputError, match=r"b\.txt' is a directory"):
         write_both()
     assert names(tmp_path) == ["b.txt"]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from dopt_api.files import staged
+with staged(sys.argv[1]) as aside:
+    (aside / "a.txt").write_text("half of")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@posix
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert names(left) == ["a.txt"]
+    with staged(tmp_path) as living:
+        (living / "b.txt").write_text("first")
+        assert names(tmp_path) == [living.name]
+        write_text(tmp_path / "c.txt", "second")
+    assert names(tmp_path) == ["b.txt", "c.txt"]
 
 
 def test_a_missing_directory(tmp_path):

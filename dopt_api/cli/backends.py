@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("backends")
+EXAMPLE = """\b
+Example:
+  dopt backends --json
+"""
+
+
+@click.command("backends", epilog=EXAMPLE)
 @as_json_option
 def command(as_json: bool) -> None:
     """List the installed backends, with their frameworks; none of these is imported."""

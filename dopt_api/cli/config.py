@@ -22,6 +22,24 @@ FILE = click.Path(path_type=Path)
 MODEL = "package.module:function that returns the float model (or session)."
 
 
+NEW = """\b
+Examples:
+  dopt config new my_project.models:build config.json --input-shape x:1,3,224,224
+  dopt config new my_project.graphs:session config.json
+"""
+SHOW = """\b
+Examples:
+  dopt config show config.json
+  dopt config show config.json --json | jq 'keys'
+"""
+CHECK = """\b
+Example:
+  dopt config check config.json --model my_project.models:build
+"""
+DIFF = """\b
+Example:
+  dopt config diff config.json mixed.json
+"""
 EXAMPLES = """\b
 Examples:
   dopt config set config.json --strategy Quant_INT8-8
@@ -36,12 +54,13 @@ def command() -> None:
     """Write, show, edit, check and compare strategy files."""
 
 
-@command.command("new")
+@command.command("new", epilog=NEW)
 @click.argument("model", metavar="FACTORY")
 @click.argument("file", type=FILE)
 @click.option("--input-shape", metavar="TEXT", help="Such as 'x:1,3,224,224'; see docs/strategy-file.md.")
 @click.option("--backend", metavar="NAME", help="The backend.  [default: that of the model's type]")
-def new(model: str, file: Path, input_shape: str | None, backend: str | None) -> None:
+@as_json_option
+def new(model: str, file: Path, input_shape: str | None, backend: str | None, as_json: bool) -> None:
     """Write the strategy file of a model, every layer float.
 
     FACTORY is package.module:function, which returns the model; FILE is what to write.
@@ -49,10 +68,14 @@ def new(model: str, file: Path, input_shape: str | None, backend: str | None) ->
     from dopt_api import facade  # noqa: PLC0415  # help does not need it
 
     written = facade.generate_config(call_factory(model), input_shape, file, backend=backend)
-    click.echo(f"{written}: {len(_read(written).layers)} layers")
+    layers = _read(written).layers
+    if as_json:
+        print_json({"files": [str(written)], "layers": list(layers)})
+        return
+    click.echo(f"{written}: {len(layers)} layers")
 
 
-@command.command("show")
+@command.command("show", epilog=SHOW)
 @click.argument("file", type=FILE)
 @as_json_option
 def show(file: Path, as_json: bool) -> None:
@@ -134,11 +157,12 @@ def set_(
     click.echo(f"{len({c['layer'] for c in changes})} of {len(chosen)} matching layers {verb}.")
 
 
-@command.command("check")
+@command.command("check", epilog=CHECK)
 @click.argument("file", type=FILE)
 @click.option("--model", metavar="FACTORY", help=f"Check against a model too: {MODEL}")
 @click.option("--backend", metavar="NAME", help="The backend.  [default: that of the model's type]")
-def check(file: Path, model: str | None, backend: str | None) -> None:
+@as_json_option
+def check(file: Path, model: str | None, backend: str | None, as_json: bool) -> None:
     """Check a strategy file: its syntax and names, and with --model that it is that of the model."""
     from dopt_api.config import records_output  # noqa: PLC0415  # help does not need it
     from dopt_api.strategy import find_strategy, strategy_names  # noqa: PLC0415  # likewise
@@ -160,11 +184,15 @@ def check(file: Path, model: str | None, backend: str | None) -> None:
 
         facade.check(call_factory(model), file, backend=backend)
     quantized = sum(entry["quant_strategy"] != "float" for entry in content.layers.values())
+    if as_json:
+        counts = {"layers": len(content.layers), "quantized": quantized}
+        print_json({"valid": True, "compared_with_model": model is not None, **counts})
+        return
     against = "and fits the model" if model is not None else "(not compared with a model: --model FACTORY)"
     click.echo(f"{file} is valid {against}: {quantized} of {len(content.layers)} layers are quantized.")
 
 
-@command.command("diff")
+@command.command("diff", epilog=DIFF)
 @click.argument("one", type=FILE)
 @click.argument("other", type=FILE)
 @as_json_option

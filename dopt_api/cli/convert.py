@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from dopt_api.cli.output import as_json_option, print_json
+
 if TYPE_CHECKING:
     from dopt_api.formats.integer_nodes import NodeKind
 
 __all__ = ["command"]
+
+
+EXAMPLES = """\b
+Examples:
+  dopt convert output --to onnx_qdq
+  dopt convert output --to csv --to safetensors --output-dir others
+  dopt convert --list
+"""
 
 
 def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -25,7 +34,7 @@ def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         context.exit()
 
 
-@click.command("convert")
+@click.command("convert", epilog=EXAMPLES)
 @click.argument("params", type=click.Path(path_type=Path))
 @click.option("--to", "formats", metavar="FORMAT", multiple=True, help="The format; may be given several times.")
 @click.option(
@@ -43,7 +52,7 @@ def _list(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     callback=_list,
     help="Print the names of all formats.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@as_json_option
 def command(params: Path, formats: tuple[str, ...], output_dir: Path | None, as_json: bool) -> None:
     """Write an exported model in the form that a runtime takes.
 
@@ -57,7 +66,7 @@ def command(params: Path, formats: tuple[str, ...], output_dir: Path | None, as_
     written = {name: [str(path) for path in convert(file, name, output_dir or file.parent)] for name in formats}
     nodes = _nodes(file) if "onnx_qdq" in written else []
     if as_json:
-        click.echo(json.dumps({**written, **({"nodes": [asdict(node) for node in nodes]} if nodes else {})}, indent=2))
+        print_json({**written, **({"nodes": [asdict(node) for node in nodes]} if nodes else {})})
         return
     for name, paths in written.items():
         for path in paths:

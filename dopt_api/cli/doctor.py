@@ -22,7 +22,13 @@ EXTRAS = {
 """Packages that some parts need: the extra that brings them, and the part."""
 
 
-@click.command("doctor")
+EXAMPLE = """\b
+Example:
+  dopt doctor || echo "the last column says what to run"
+"""
+
+
+@click.command("doctor", epilog=EXAMPLE)
 @as_json_option
 def command(as_json: bool) -> None:
     """Check the installation: exit status 1 if something is broken, with the command that mends it."""

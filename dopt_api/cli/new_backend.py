@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +10,19 @@ import click
 
 from dopt_api import __version__
 from dopt_api.cli.names import check_framework, check_type, names_of
+from dopt_api.cli.output import as_json_option, print_json
 from dopt_api.errors import OutputError
 
 __all__ = ["command", "new_backend"]
 
 
-@click.command("new-backend")
+EXAMPLE = """\b
+Example:
+  dopt new-backend mine --framework numpy --output-dir ..
+"""
+
+
+@click.command("new-backend", epilog=EXAMPLE)
 @click.argument("name")
 @click.option("--framework", metavar="MODULE", help="What programs import to use the framework.  [default: NAME]")
 @click.option(
@@ -29,7 +35,7 @@ __all__ = ["command", "new_backend"]
     default=Path(),
     help="An existing folder, in which the project's own folder is made.  [default: the current one]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@as_json_option
 def command(name: str, framework: str | None, model_type: str | None, output_dir: Path, as_json: bool) -> None:
     """Write a new backend, for a framework of your own, to fill in.
 
@@ -38,7 +44,7 @@ def command(name: str, framework: str | None, model_type: str | None, output_dir
     """
     folder, files = new_backend(name, output_dir, framework=framework, model_type=model_type)
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "files": files}, indent=2))
+        print_json({"folder": str(folder), "files": files})
         return
     click.echo(f"Written: {folder}")
     for file in files:

@@ -5,17 +5,41 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["as_json_option", "print_json", "print_table"]
+from dopt_api.errors import OutputError
+from dopt_api.files import staged
+
+__all__ = ["as_json_option", "make_folder", "print_json", "print_table"]
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 """The option ``--json``, the same for each command."""
 
 NOT_A_TERMINAL = 10_000
 """Columns where there is no terminal to fit: nothing is cut in files and pipes."""
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        OutputError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with staged(folder):
+            pass  # nothing is written: it can be
+    except OSError as error:
+        raise OutputError(
+            f"The folder {str(folder)!r} cannot be made: {error.strerror or error}",
+            where=str(folder.absolute()),
+            expected="a folder that may be written to",
+            fix="Pass another one.",
+        ) from error
+    return folder
 
 
 def print_json(value: Any) -> None:

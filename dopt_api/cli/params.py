@@ -23,7 +23,18 @@ def command() -> None:
     """Show and compare quant_params.json files, given as such or by their folder."""
 
 
-@command.command("show")
+SHOW = """\b
+Examples:
+  dopt params show output
+  dopt params show output/quant_params.json --json | jq '.[0].input.scale'
+"""
+DIFF = """\b
+Example:
+  dopt params diff before after
+"""
+
+
+@command.command("show", epilog=SHOW)
 @click.argument("file", type=FILE)
 @as_json_option
 def show(file: Path, as_json: bool) -> None:
@@ -41,7 +52,7 @@ def show(file: Path, as_json: bool) -> None:
     print_table(columns, rows, right=columns[3:5] + columns[6:])
 
 
-@command.command("diff")
+@command.command("diff", epilog=DIFF)
 @click.argument("one", type=FILE)
 @click.argument("other", type=FILE)
 @as_json_option

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from dopt_api.cli.factories import call_factory
-from dopt_api.cli.output import as_json_option, print_json
-
-if TYPE_CHECKING:
-    from dopt_api.quantizer.rounding import RoundedLayer
-    from dopt_api.types import BackendInfo, Plan
+from dopt_api.cli.factories import Batches, call_factory, data_factory_option
+from dopt_api.cli.output import as_json_option, make_folder, print_json
 
 __all__ = ["command"]
 
@@ -32,15 +26,23 @@ Example:
 
 @click.command("quantize", epilog=EXAMPLES)
 @click.argument("factory", metavar="FACTORY")
-@click.argument("config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("config", type=click.Path(path_type=Path))
 @click.argument("output_dir", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--data", required=True, metavar="FACTORY", help="package.module:function that returns batches, any iterable."
-)
+@data_factory_option
 @click.option("--format", "formats", multiple=True, metavar="NAME", help="A format to write as well (dopt convert).")
-@click.option("--samples", default=32, show_default=True, help="How many samples the rounding of weights looks at.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="How many samples the rounding of weights looks at.",
+)
 @click.option("--short-sums", is_flag=True, help="For processors with AVX2 and without VNNI (docs/formats.md).")
-@click.option("--seconds", type=float, help="The time for the rounding; layers left over are rounded to nearest.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    help="The time for the rounding; layers left over are rounded to nearest.",
+)
 @click.option("--output-name", "output_names", multiple=True, metavar="NAME", help="An output of the written graph.")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size of the written graph open.")
 @click.option("--backend", metavar="NAME", help="The backend.  [default: that of the model's type]")
@@ -67,6 +69,7 @@ def command(
     """
     from dopt_api import extensions, facade, manager  # noqa: PLC0415  # help does not need it
     from dopt_api.formats import get_format  # noqa: PLC0415  # likewise
+    from dopt_api.report.notes import write_quantization  # noqa: PLC0415  # likewise
 
     for name in formats:
         get_format(name)  # what cannot be written is said before the work
@@ -83,18 +86,19 @@ def command(
         raise click.ClickException(
             f"The backend {chosen.name!r} has no post-training of its own: calibrate in a script instead."
         ) from None
-    folder = output_dir / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, layers = calibrate(
-        model,
-        config,
-        call_factory(data),
-        folder,
-        samples=samples,
-        short_sums=short_sums,
-        seconds=seconds,
-        progress=_Progress(),
-    )
+    batches = Batches(data)
+    folder = make_folder(output_dir / "checkpoint")
+    with batches.told():
+        checkpoint, layers, *more = calibrate(
+            model,
+            config,
+            batches,
+            folder,
+            samples=samples,
+            short_sums=short_sums,
+            seconds=seconds,
+            progress=_Progress(),
+        )
     result = facade.export(
         call_factory(factory),
         config,
@@ -105,7 +109,8 @@ def command(
         formats=formats,
         backend=chosen.name,
     )
-    files = [result.model, result.params, *result.others, _write_notes(output_dir, plan, chosen.info, layers)]
+    notes = write_quantization(output_dir, plan, chosen.info, layers, more[0] if more else {})
+    files = [result.model, result.params, *result.others, notes, *_take_tuning(config, output_dir)]
     if as_json:
         print_json({"files": [str(file) for file in files], "layers": [asdict(layer) for layer in layers]})
         return
@@ -115,6 +120,15 @@ def command(
         click.echo(f"{count} rounded to nearest: {reason}")
     for file in files:
         click.echo(file)
+
+
+def _take_tuning(config: Path, folder: Path) -> list[Path]:
+    """Copy what ``dopt tune`` left beside the strategy file to where a report finds it."""
+    from dopt_api.files import write_text  # noqa: PLC0415  # help does not need it
+    from dopt_api.report.notes import TUNING, tuning_beside  # noqa: PLC0415  # likewise
+
+    file = tuning_beside(config)
+    return [write_text(folder / TUNING, file.read_text(encoding="utf-8"))] if file.is_file() else []
 
 
 class _Progress:
@@ -129,26 +143,3 @@ class _Progress:
 
         console = Console(stderr=True)
         return track(steps, next(self.names, ""), console=console, disable=not sys.stderr.isatty())
-
-
-def _write_notes(folder: Path, plan: Plan, backend: BackendInfo, layers: list[RoundedLayer]) -> Path:
-    """Write what rounding did to each layer, and from what it all came."""
-    from dopt_api import __version__  # noqa: PLC0415  # help does not need it
-    from dopt_api.files import write_text  # noqa: PLC0415  # likewise
-    from dopt_api.report import QUANTIZATION  # noqa: PLC0415  # likewise
-
-    config, found = plan.config_file, plan.model_layers
-    content = {
-        "config": {"name": config.name, "sha256": hashlib.sha256(config.read_bytes()).hexdigest()},
-        "versions": {
-            "dopt-api": __version__,
-            f"backend {backend.name}": backend.version,
-            backend.framework: backend.framework_version,
-        },
-        "layers": [asdict(layer) for layer in layers],
-        "float": [layer.name for layer in found.layers if layer.name not in plan.quantized],
-        "not_quantizable": [
-            {"name": layer.name, "op_type": layer.op_type, "reason": layer.reason} for layer in found.not_quantizable
-        ],
-    }
-    return write_text(folder / QUANTIZATION, json.dumps(content, indent=1) + "\n")

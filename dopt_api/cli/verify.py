@@ -31,7 +31,14 @@ def data_option(default: str) -> Callable[[F], F]:
     )
 
 
-@click.command("verify")
+EXAMPLES = """\b
+Examples:
+  dopt verify output
+  dopt verify output --data batch.npz --min-sqnr 20 --picture layers.png
+"""
+
+
+@click.command("verify", epilog=EXAMPLES)
 @click.argument("params", type=click.Path(path_type=Path))
 @data_option("made up")
 @click.option(
@@ -59,7 +66,10 @@ def command(params: Path, data: Path | None, picture: Path | None, min_sqnr: flo
 
         plot_verification(found, picture)
     if as_json:
-        click.echo(json.dumps(_finite(asdict(found)), indent=2, allow_nan=False))
+        content = asdict(found)
+        for layer in content["layers"]:
+            del layer["inputs"]  # long, and for the report
+        click.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
     else:
         columns = ("layer", "SQNR dB", "cosine", "clipped", "hazard", "off")
         worst_first = sorted(found.layers, key=lambda one: one.sqnr_db)

@@ -41,6 +41,11 @@ def test_the_templates_of_the_scaffold_are_shipped():
     assert wanted <= set(files_of("dopt_api"))
 
 
+def test_what_the_report_is_made_from_is_shipped():
+    wanted = {f"dopt_api/report/page.{kind}" for kind in ("html.j2", "css", "js")}
+    assert wanted <= set(files_of("dopt_api"))
+
+
 def test_the_schema_is_shipped_beside_the_reader():
     assert "dopt_api/params/quant_params.schema.json" in files_of("dopt_api")
 

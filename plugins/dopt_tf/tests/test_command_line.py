@@ -1,9 +1,12 @@
 """The command line on a TensorFlow graph of the user's own project, in processes of its own."""
 
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import killing
 import pytest
 
 PROJECT = """
@@ -58,6 +61,8 @@ def test_one_command_leads_from_the_session_to_the_files(project):
     assert sorted(file.name for file in (project / "out").iterdir() if file.is_file()) == sorted(
         file[4:] for file in found["files"]
     )
+    notes = json.loads((project / "out" / "quantization.json").read_text())
+    assert {name: sum(one["counts"]) for name, one in notes["inputs"].items()} == {"first": 48 * 8, "second": 48 * 6}
     before = {name: (project / name).read_bytes() for name in found["files"]}
     assert dopt(project, *command, "--output-name", "logits").returncode == 0
     assert {name: (project / name).read_bytes() for name in found["files"]} == before
@@ -68,6 +73,24 @@ def test_one_command_leads_from_the_session_to_the_files(project):
     (project / "mine.py").write_text(PROJECT)
     refused = dopt(project, *command)
     assert (refused.returncode, "a list of the names of the output nodes" in refused.stderr) == (1, True)
+
+
+def test_a_command_killed_anywhere_and_started_again_ends_with_the_same_bytes(project):
+    modules = "dopt_tf.plugin,dopt_tf.post_training,dopt_tf.export,dopt_api.report.notes,rich.progress"
+    command = ("quantize", "mine:build", "config.json", "OUT", "--data", "mine:feeds", "--output-name", "logits")
+    result = subprocess.run(
+        [sys.executable, Path(killing.__file__), modules, "3", *command],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    state = [f"checkpoint/quantized.{part}" for part in ("data-00000-of-00001", "index")]
+    assert found["files"] == [*state, "model.pb", "quant_params.json", "quantization.json"]
+    assert found["moments"] >= len(found["found"]) - 1 >= 3
+    assert [row[1:] for row in found["found"]] == [[signal.SIGKILL, 0, []]] * len(found["found"])
 
 
 def test_sensitivity_is_measured_at_the_named_output(project):

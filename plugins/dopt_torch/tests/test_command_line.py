@@ -1,9 +1,13 @@
 """The command line on a PyTorch model of the user's own project, in processes of its own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import killing
 import pytest
 
 MODELS = """
@@ -64,6 +68,9 @@ def batches():
 
 def nothing():
     return []
+
+def grey():
+    return [torch.zeros(4, 1, 8, 8)]
 """
 
 WEIGHTS = """
@@ -112,6 +119,10 @@ def test_one_command_leads_from_the_float_model_to_the_files(chosen):
     report = json.loads((chosen / "out" / "quantization.json").read_text())
     assert [layer["name"] for layer in report["layers"]] == ["0/Conv2D", "2/Linear"]
     assert all(0 < layer["rounded"] <= layer["nearest"] < 1 for layer in report["layers"])
+    assert {name: sum(one["counts"]) for name, one in report["inputs"].items()} == {
+        "0/Conv2D": 12 * 3 * 8 * 8,
+        "2/Linear": 12 * 144,
+    }
     checked = dopt(chosen, "verify", "out", "--json")
     assert checked.returncode == 0, checked.stderr
     assert min(layer["sqnr_db"] for layer in json.loads(checked.stdout)["layers"]) > 10
@@ -129,17 +140,40 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(chosen):
     assert {file.name: file.read_bytes() for file in (chosen / "again").glob("*.*")} == wanted
 
 
+def test_a_command_killed_anywhere_and_started_again_ends_with_the_same_bytes(chosen):
+    modules = "dopt_torch.plugin,dopt_torch.post_training,dopt_torch.export,torch.onnx,dopt_api.formats.onnx_qdq"
+    program = (Path(killing.__file__), f"{modules},dopt_api.report.notes,rich.progress", "6")
+    result = subprocess.run(
+        [sys.executable, *program, *QUANTIZE[:3], "OUT", *QUANTIZE[4:], "--format", "onnx_qdq"],
+        cwd=chosen,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    names = ["checkpoint/quantized.pth", "model.onnx", "model.qdq.onnx", "quant_params.json", "quantization.json"]
+    assert found["files"] == names
+    assert found["moments"] >= len(found["found"]) - 1 >= 6
+    assert [row[1:] for row in found["found"]] == [[signal.SIGKILL, 0, []]] * len(found["found"])
+
+
 def test_what_cannot_be_quantized_is_said_before_anything_is_written(chosen):
     for change, what in (
-        ({"my_data:batches": "my_data:nothing"}, "has seen no data"),
+        ({"my_data:batches": "my_data:nothing"}, "'my_data:nothing' returned no batches"),
         ({"my_data:batches": "my_data:missing"}, "'my_data' has no function 'missing'"),
+        (
+            {"my_data:batches": "my_data:grey"},
+            "Batch 1 of 'my_data:grey' (torch.Tensor [4, 1, 8, 8]) did not go through",
+        ),
         ({"my_models:trained": "my_models:other"}, "The model has no layer '2/Linear'"),
         ({"quantize": "quantize --format=cvs"}, "Did you mean 'csv'?"),
     ):
         arguments = " ".join(change.get(one, one) for one in QUANTIZE).split()
         result = dopt(chosen, *arguments)
         assert (result.returncode, what in result.stderr) == (1, True), result.stderr
-        assert "Traceback" not in result.stderr
+        assert "Traceback (most" not in result.stderr
         assert not [file for file in (chosen / "out").rglob("*.*") if file.is_file()]
     assert dopt(chosen, "config", "set", "config.json", "--strategy", "float").returncode == 0
     assert "Every layer in config.json is 'float'" in dopt(chosen, *QUANTIZE).stderr
@@ -158,10 +192,17 @@ def test_strategies_are_chosen_within_a_budget(chosen):
     assert sorted(found["strategies"].values()) == ["Quant_INT8-4", "Quant_INT8-8"]
     layers = json.loads((chosen / "mixed.json").read_text())["layer_strategy"]
     assert {name: layer["quant_strategy"] for name, layer in layers.items()} == found["strategies"]
+    assert found["files"] == ["trade_off.svg", "mixed.json", "mixed.tuning.json"]
+    measured = json.loads((chosen / "mixed.tuning.json").read_text())
+    assert len(measured["choices"]) == 6
+    assert measured["points"][0]["strategies"] == found["strategies"]
     assert "<svg" in (chosen / "trade_off.svg").read_text()
     shown = dopt(chosen, *TUNE, *options, "--budget", "0.8")
     assert "predicted damage" in shown.stdout
-    assert shown.stdout.splitlines()[-1] == "mixed.json"
+    assert shown.stdout.splitlines()[-2:] == ["mixed.json", "mixed.tuning.json"]
+    quantized = dopt(chosen, *("mixed.json" if one == "config.json" else one for one in QUANTIZE))
+    assert quantized.stdout.splitlines()[-1] == "out/tuning.json", quantized.stderr
+    assert (chosen / "out/tuning.json").read_bytes() == (chosen / "mixed.tuning.json").read_bytes()
 
 
 def test_what_cannot_be_chosen_is_a_sentence(chosen):

@@ -15,10 +15,12 @@ import tensorflow as tf
 from dopt_api import facade
 from dopt_api.errors import CalibrationError, ModelError
 from dopt_api.files import staged
+from dopt_api.quantizer import Statistics
 from dopt_tf.find_layers import graph_of
 from dopt_tf.optimize import quantized, raw_session, set_calibrate_state
 from dopt_tf.quantizer import restore_values
 from dopt_tf.rounding import RoundedLayer, round_weights
+from dopt_tf.statistics import DeviceStatistics
 
 __all__ = ["calibrate", "post_training", "quantize", "quantized_session"]
 
@@ -88,7 +90,7 @@ def quantize(
     short_sums: bool,
     seconds: float | None,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> tuple[Path, list[RoundedLayer]]:
+) -> tuple[Path, list[RoundedLayer], dict[str, Statistics]]:
     """Quantize the graph of a session by :func:`post_training` and write the checkpoint: what ``dopt quantize`` calls.
 
     Args:
@@ -102,7 +104,8 @@ def quantize(
         progress: Shows it.
 
     Returns:
-        The checkpoint's prefix, and what rounding did to each layer.
+        The checkpoint's prefix, what rounding did to each layer, and what calibration saw before each whose input is
+        quantized.
 
     Raises:
         ModelError: A variable has no value.
@@ -112,7 +115,10 @@ def quantize(
         with staged(folder) as aside:
             saver = tf.compat.v1.train.Saver(tf.compat.v1.global_variables())
             saver.save(fresh, str(aside / "quantized"), write_meta_graph=False, write_state=False)
-    return folder / "quantized", report
+        quantizers = [site.quantizer for site in quantized(fresh).sites.values() if not site.quantizer.weight_only]
+        values = raw_session(fresh).run([one.statistics.parts for one in quantizers])
+    seen = {one.plan.name: DeviceStatistics.to_core(parts) for one, parts in zip(quantizers, values, strict=True)}
+    return folder / "quantized", report, seen
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from torch import nn
 from dopt_api import facade
 from dopt_api.errors import CalibrationError
 from dopt_api.files import StrPath, staged
-from dopt_torch.optimize import set_calibrate_state
+from dopt_api.quantizer import Statistics
+from dopt_torch.optimize import root_of, set_calibrate_state
+from dopt_torch.quantized_layer import quantized_layers
 from dopt_torch.rounding import RoundedLayer, round_weights
 from dopt_torch.running import run
 from dopt_torch.smoothing import smooth
@@ -96,7 +98,7 @@ def quantize(
     short_sums: bool,
     seconds: float | None,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
-) -> tuple[Path, list[RoundedLayer]]:
+) -> tuple[Path, list[RoundedLayer], dict[str, Statistics]]:
     """Quantize a float model by :func:`post_training` and write the checkpoint: what ``dopt quantize`` calls.
 
     Args:
@@ -110,7 +112,7 @@ def quantize(
         progress: Shows it.
 
     Returns:
-        The checkpoint, and what rounding did to each layer.
+        The checkpoint, what rounding did to each layer, and what calibration saw before each whose input is quantized.
     """
     quantized = facade.optimize(model, config_file, backend="torch")
     report = post_training(
@@ -124,7 +126,9 @@ def quantize(
     )
     with staged(folder) as aside:
         torch.save(quantized.state_dict(), aside / "quantized.pth")
-    return folder / "quantized.pth", report
+    quantizers = [layer.dopt_quantizer for layer in quantized_layers(root_of(quantized))]
+    seen = {one.plan.name: one.statistics.to_core() for one in quantizers if not one.weight_only}
+    return folder / "quantized.pth", report, seen
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
