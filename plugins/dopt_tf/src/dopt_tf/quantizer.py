@@ -65,6 +65,7 @@ class ActivationQuantizer:
     """
 
     role = "input"
+    statistics: DeviceStatistics
 
     def __init__(self, plan: LayerPlan, layout: Layout) -> None:
         """Make the variables, in the name scope that is open."""

@@ -181,7 +181,8 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
 
 
 def _scale_of(quantizer: ActivationQuantizer) -> np.float32:
-    return np.float32(learned_scale(quantizer.scale.numpy(), quantizer.gain.detach().numpy()))
+    scale: np.float32 = np.float32(learned_scale(quantizer.scale.numpy(), quantizer.gain.detach().numpy()))
+    return scale
 
 
 def _float_layer(module: Any, norm: Any) -> FloatLayer:

@@ -541,11 +541,11 @@ def _rectifies(name: str, args: Any, kwargs: Any) -> tuple[float, float] | None:
     if name not in _RECTIFIERS:
         return None
     known = ("input", *_RECTIFIERS[name])
-    given = {**dict(zip(known, args, strict=False)), **kwargs}
-    low, high = (0.0, 6.0) if name == "relu6" else (0.0, inf)
-    if len(known) > 1:
-        low, high = given.get(known[1]), given.get(known[-1]) if len(known) > 2 else None
-    if isinstance(low, Tensor) or isinstance(high, Tensor) or low is None or low != 0:
+    given: dict[str, Any] = {**dict(zip(known, args, strict=False)), **kwargs}
+    if len(known) == 1:
+        return 0.0, 6.0 if name == "relu6" else inf
+    low, high = given.get(known[1]), given.get(known[2]) if len(known) > 2 else None
+    if not isinstance(low, int | float) or low != 0 or not isinstance(high, int | float | None):
         return None
     return 0.0, inf if high is None else float(high)
 

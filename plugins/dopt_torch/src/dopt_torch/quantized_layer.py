@@ -125,9 +125,8 @@ def quantize_in_place(
     """Make ``layer`` a quantized layer."""
     weight: Any = layer.weight
     layer.dopt_quantizer = LayerQuantizer(plan, kind, weight).train(layer.training)
-    layer.dopt_output = None
-    if plan.output:
-        layer.dopt_output = OutputQuantizer(plan, kind, weight.device, rectifier).train(layer.training)
+    output = OutputQuantizer(plan, kind, weight.device, rectifier).train(layer.training) if plan.output else None
+    layer.register_module("dopt_output", output)
     layer.__dict__.update(dopt_norm=norm, dopt_lock=threading.RLock())
     layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]  # mypy doubts that types are hashable
 

@@ -39,6 +39,7 @@ class LayerQuantizer(ActivationQuantizer):
         calibrating: Whether forward passes collect statistics.
     """
 
+    input_gain: nn.Parameter
     input_scale: Tensor
     input_zero_point: Tensor
     ready: Tensor
