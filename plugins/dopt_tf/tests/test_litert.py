@@ -315,6 +315,23 @@ def test_a_factor_behind_a_layer_stays_outside_its_weight(by_hand, written, tmp_
     np.testing.assert_allclose(found.outputs[0], simulate(tmp_path, ["logits"], FEEDS)[0], atol=0.3 * 6.1 / 255)
 
 
+def twice():
+    x = v1.placeholder(tf.float32, [None, 12, 12, 3], name="x")
+    y = tf.nn.conv2d(x, tf.constant(DYING, name="weight"), 1, "SAME", name="conv")
+    tf.identity(y, name="features")
+    tf.nn.conv2d(y, tf.constant(DYING[:, :, :2], name="weight2"), 1, "SAME", name="logits")
+
+
+def test_what_is_an_output_of_the_model_too_stays_float(by_hand, written, tmp_path):
+    first = replace(DYING_LAYER, bias=None, output=None)
+    second = with_weight(with_input(first, tensor="conv:0"), tensor="weight2:0")
+    by_hand(twice, first, replace(second, name="logits", node="logits"))
+    found = run(written())
+    assert not found.integer_layers()
+    for wanted, output in zip(simulate(tmp_path, ["features", "logits"], FEEDS), found.outputs, strict=True):
+        assert sqnr(wanted, output) > 60
+
+
 @pytest.mark.parametrize("content", [b"not a graph", b"", v1.GraphDef().SerializeToString()])
 def test_files_without_a_graph_are_refused(by_hand, tmp_path, content):
     by_hand(dying, DYING_LAYER)
