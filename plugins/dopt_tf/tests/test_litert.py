@@ -332,6 +332,23 @@ def test_what_is_an_output_of_the_model_too_stays_float(by_hand, written, tmp_pa
         assert sqnr(wanted, output) > 60
 
 
+def pooled():
+    dying()
+    tf.nn.max_pool2d(v1.get_default_graph().get_tensor_by_name("logits:0"), 2, 2, "VALID", name="pooled")
+
+
+def test_what_moves_numbers_behind_the_last_layer_runs_in_integers(by_hand, written, tmp_path):
+    by_hand(pooled, DYING_LAYER)
+    found = run(written())
+    assert found.kinds == ["QUANTIZE", "CONV_2D", "MAX_POOL_2D", "DEQUANTIZE"]
+    codes = {
+        kind: found.model.model.operatorCodes[one.opcodeIndex].version
+        for kind, one in zip(found.kinds, found.model.operators, strict=True)
+    }
+    assert codes == {"QUANTIZE": 1, "CONV_2D": 3, "MAX_POOL_2D": 2, "DEQUANTIZE": 2}
+    assert np.abs(simulate(tmp_path, ["pooled"], FEEDS)[0] - found.outputs[0]).max() < 6.1 / 255
+
+
 @pytest.mark.parametrize("content", [b"not a graph", b"", v1.GraphDef().SerializeToString()])
 def test_files_without_a_graph_are_refused(by_hand, tmp_path, content):
     by_hand(dying, DYING_LAYER)
