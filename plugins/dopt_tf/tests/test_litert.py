@@ -315,6 +315,40 @@ def test_a_factor_behind_a_layer_stays_outside_its_weight(by_hand, written, tmp_
     np.testing.assert_allclose(found.outputs[0], simulate(tmp_path, ["logits"], FEEDS)[0], atol=0.3 * 6.1 / 255)
 
 
+def twice():
+    x = v1.placeholder(tf.float32, [None, 12, 12, 3], name="x")
+    y = tf.nn.conv2d(x, tf.constant(DYING, name="weight"), 1, "SAME", name="conv")
+    tf.identity(y, name="features")
+    tf.nn.conv2d(y, tf.constant(DYING[:, :, :2], name="weight2"), 1, "SAME", name="logits")
+
+
+def test_what_is_an_output_of_the_model_too_stays_float(by_hand, written, tmp_path):
+    first = replace(DYING_LAYER, bias=None, output=None)
+    second = with_weight(with_input(first, tensor="conv:0"), tensor="weight2:0")
+    by_hand(twice, first, replace(second, name="logits", node="logits"))
+    found = run(written())
+    assert not found.integer_layers()
+    for wanted, output in zip(simulate(tmp_path, ["features", "logits"], FEEDS), found.outputs, strict=True):
+        assert sqnr(wanted, output) > 60
+
+
+def pooled():
+    dying()
+    tf.nn.max_pool2d(v1.get_default_graph().get_tensor_by_name("logits:0"), 2, 2, "VALID", name="pooled")
+
+
+def test_what_moves_numbers_behind_the_last_layer_runs_in_integers(by_hand, written, tmp_path):
+    by_hand(pooled, DYING_LAYER)
+    found = run(written())
+    assert found.kinds == ["QUANTIZE", "CONV_2D", "MAX_POOL_2D", "DEQUANTIZE"]
+    codes = {
+        kind: found.model.model.operatorCodes[one.opcodeIndex].version
+        for kind, one in zip(found.kinds, found.model.operators, strict=True)
+    }
+    assert codes == {"QUANTIZE": 1, "CONV_2D": 3, "MAX_POOL_2D": 2, "DEQUANTIZE": 2}
+    assert np.abs(simulate(tmp_path, ["pooled"], FEEDS)[0] - found.outputs[0]).max() < 6.1 / 255
+
+
 @pytest.mark.parametrize("content", [b"not a graph", b"", v1.GraphDef().SerializeToString()])
 def test_files_without_a_graph_are_refused(by_hand, tmp_path, content):
     by_hand(dying, DYING_LAYER)
