@@ -20,18 +20,17 @@ def to_onnx(model, params, file):
 
 @pytest.fixture
 def export(tmp_path, monkeypatch):
-    """Install ways from three kinds of model, and return a function that exports a model of a kind."""
+    """Install ways from some kinds of model, and return a function that exports a model of a kind."""
     site = tmp_path / "site"
     info = site / "mine-1.0.dist-info"
     info.mkdir(parents=True)
     monkeypatch.syspath_prepend(site)
     (site / "graphs_mine.py").write_text(CODE)
     (site / "graphs_without.py").write_text("import tf2onnx_gone")
+    (site / "graphs_needy.py").write_text("raise ModuleNotFoundError('gone', name='tf2onnx')")
     (site / "graphs_broken.py").write_text("1 / 0")
-    ways = (
-        "[dopt.graphs]\nmine = graphs_mine:to_onnx\nwithout = graphs_without:to_onnx\nbroken = graphs_broken:to_onnx\n"
-    )
-    (info / "entry_points.txt").write_text(ways)
+    ways = "".join(f"{name} = graphs_{name}:to_onnx\n" for name in ("mine", "without", "needy", "broken"))
+    (info / "entry_points.txt").write_text(f"[dopt.graphs]\n{ways}")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
 
     def make(suffix):
@@ -59,8 +58,9 @@ def test_a_graph_is_converted_by_who_knows_its_suffix(export, tmp_path):
     ("suffix", "error", "message"),
     [
         ("without", FormatError, "needs the package 'tf2onnx_gone'.*pip install tf2onnx_gone"),
+        ("needy", FormatError, r"needs the package 'tf2onnx'.*pip install 'dopt-tf\[onnx\]'"),
         ("broken", ExtensionError, "mine 1.0"),
-        ("unknown", FormatError, "no way from 'model.unknown' to ONNX"),
+        ("unknown", FormatError, r"no way from 'model\.unknown' to ONNX.*dopt-tf\[onnx\]"),
     ],
 )
 def test_what_is_missing_is_said_and_nothing_is_written(export, tmp_path, suffix, error, message):

@@ -284,20 +284,12 @@ class _Editor:
         )
 
     def finish(self) -> Any:
-        """Remove what nothing takes any more, name what tf2onnx counted, check the graph and return it."""
-        needed = {value.name for value in self.graph.output}
-        live = []
-        for node in reversed(self.graph.node):
-            if needed.intersection(node.output):
-                needed.update(node.input, _inner_names(node))
-                live.append(node)
-        kept = [value for value in self.graph.input if value.name not in self.constants]
-        tensors = [tensor for name, tensor in self.constants.items() if name in needed]
-        for field, content in (
-            (self.graph.node, live[::-1]),
-            (self.graph.input, kept),
-            (self.graph.initializer, tensors),
-        ):
+        """Remove what nothing takes any more, name the edges, check the graph and return it."""
+        live = self._ordered()
+        used = dict.fromkeys(name for node in live for name in [*node.input, *_inner_names(node)])
+        inputs = [value for value in self.graph.input if value.name not in self.constants]
+        tensors = [self.constants[name] for name in used if name in self.constants]
+        for field, content in ((self.graph.node, live), (self.graph.input, inputs), (self.graph.initializer, tensors)):
             copies = [type(one).FromString(one.SerializeToString()) for one in content]
             del field[:]
             field.extend(copies)
@@ -353,22 +345,43 @@ class _Editor:
                 other.name = f"{name}/dopt/moved"
         node.name = name
 
+    def _ordered(self) -> list[Any]:
+        """Return the nodes on which the outputs depend, each behind those that it takes from.
+
+        tf2onnx's own order, like its names, depends on the process.
+        """
+        nodes = list(self.graph.node)
+        makers = {edge: i for i, node in enumerate(nodes) for edge in node.output}
+        ordered: list[Any] = []
+        seen: set[int] = set()
+        waiting = [(makers[value.name], False) for value in reversed(self.graph.output) if value.name in makers]
+        while waiting:
+            place, complete = waiting.pop()
+            node = nodes[place]
+            if complete:
+                ordered.append(node)
+            elif place not in seen:
+                seen.add(place)
+                taken = [*node.input, *_inner_names(node)]
+                waiting.append((place, True))
+                waiting.extend((makers[name], False) for name in reversed(taken) if name in makers)
+        return ordered
+
     def _rename(self) -> None:
-        """Give the edges that layers read their names, and number what tf2onnx numbered by a count of the process."""
+        """Name edges after what reads or makes them: tf2onnx's names hold a count of the process."""
         known = {**{name: name for name in self.fixed}, **self.names}
-        nodes: dict[str, str] = {}
         taken, taken_nodes = set(known.values()), {node.name for node in self.graph.node if not _counted(node.name)}
         for node in self.graph.node:
-            for name in [*node.input, *node.output]:
-                if name and name not in known:
-                    known[name] = _unused(_uncounted(name), taken)
-                    taken.add(known[name])
             if _counted(node.name):
-                nodes[node.name] = _unused(_uncounted(node.name), taken_nodes)
-                taken_nodes.add(nodes[node.name])
+                node.name = _unused(_uncounted(node.name), taken_nodes)
+                taken_nodes.add(node.name)
+            for place, name in enumerate([*node.input, *node.output]):
+                if name and name not in known:  # equal constants are one, with the name of any
+                    wanted = f"{node.name}/constant_{place}" if name in self.constants else _uncounted(name)
+                    known[name] = _unused(wanted, taken)
+                    taken.add(known[name])
         self.names = known
         for node in self.graph.node:
-            node.name = nodes.get(node.name, node.name)
             _rename_edges(node, known)
         for tensor in self.graph.initializer:
             tensor.name = known.get(tensor.name, tensor.name)
