@@ -29,9 +29,12 @@ from rich.table import Table
 from benchmarks import older_processor
 from benchmarks.report import environment, write_json
 from benchmarks.workload import THREADS
-from dopt.dopt_torch.opt_main import generate_config_file, generate_final_model, optimize_model
+from dopt.dopt_torch.opt_main import generate_config_file, generate_final_model, optimize_model, set_calibrate_state
+from dopt_api.config import assign
 from dopt_api.errors import DoptError
 from dopt_api.formats import convert
+from dopt_api.formats.integer_nodes import NodeKind, integer_nodes
+from dopt_api.types import ExportResult
 from dopt_api.verify import verify
 from dopt_torch.post_training import post_training
 from examples.efficientnet_lite import data as pictures
@@ -120,16 +123,34 @@ class Row:
     this: Run
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is done.
+
+    Attributes:
+        strategy: Of all layers.
+        short_sums: Whether weights are rounded so that no pair of products overflows 16 bits.
+        outputs: Whether outputs are recorded, those that would keep a layer from integers.
+    """
+
+    strategy: str = "Quant_INT8-8"
+    short_sums: bool = False
+    outputs: bool = False
+
+
 RECIPES = {
-    "rounding": ("Quant_INT8-8", False),
-    "rounding, short sums": ("Quant_INT8-8", True),
-    "rounding, 7 bits": ("Quant_INT8-7", False),
+    "rounding": Recipe(),
+    "rounding, short sums": Recipe(short_sums=True),
+    "rounding, outputs": Recipe(outputs=True),
+    "rounding, short sums, outputs": Recipe(short_sums=True, outputs=True),
+    "rounding, 7 bits, outputs": Recipe("Quant_INT8-7", outputs=True),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="one of them (default: all); repeatable")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: standard output)")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
@@ -137,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="dopt-benchmark-") as name:
             older = older_processor.environment(Path(name))
-            rows = [_row(recipe, older, console) for recipe in RECIPES]
+            rows = [_row(recipe, older, console) for recipe in options.recipe or RECIPES]
     except (DoptError, MissingDataError, OSError, older_processor.MissingToolError) as error:
         console.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         return 1
@@ -147,32 +168,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _row(recipe: str, older: Mapping[str, str], console: Console) -> Row:
-    strategy, short_sums = RECIPES[recipe]
+def _row(name: str, older: Mapping[str, str], console: Console) -> Row:
+    recipe = RECIPES[name]
     evaluation = pictures.evaluation_set(200)
-    with tempfile.TemporaryDirectory(prefix="dopt-benchmark-") as name:
-        folder = Path(name)
-        with console.status(f"{recipe}: quantizing"):
-            model = pictures.build_model()
-            generate_config_file(model, pictures.INPUT_SHAPE, folder / "config.json")
-            choose_strategy(folder / "config.json", strategy, "min_max")
-            quantized = optimize_model(model, str(folder / "config.json"))
-            batches = torch.split(pictures.calibration_set(128), 16)
-            post_training(quantized, batches, samples=64, short_sums=short_sums)
-            torch.save(quantized.state_dict(), folder / "quantized.pth")
-            result = generate_final_model(model, str(folder / "config.json"), str(folder / "quantized.pth"), name)
+    with tempfile.TemporaryDirectory(prefix="dopt-benchmark-") as place:
+        folder = Path(place)
+        with console.status(f"{name}: quantizing"):
+            result = _quantized(recipe, folder)
             (integer,) = convert(result.params, "onnx_qdq", folder)
         x = evaluation.pictures.numpy()
         np.save(folder / "given.npy", x)
         checks = verify(result.params, [{"x": x[:1]}]).layers
-        with console.status(f"{recipe}: running"):
+        with console.status(f"{name}: running"):
             float_outputs = _outputs(result.model, folder, True, os.environ)
             runs = [
                 _run(integer, result.model, float_outputs, evaluation.labels.numpy(), folder, processor)
                 for processor in (older, os.environ)
             ]
         hazard = float(np.mean([check.hazard for check in checks]))
-        return Row(recipe, hazard, integer.stat().st_size / result.model.stat().st_size, *runs)
+        return Row(name, hazard, integer.stat().st_size / result.model.stat().st_size, *runs)
+
+
+def _quantized(recipe: Recipe, folder: Path) -> ExportResult:
+    """Quantize the network into a folder; where outputs are asked for, those of the layers that would run in float."""
+    model, batches = pictures.build_model(), torch.split(pictures.calibration_set(128), 16)
+    config, checkpoint = folder / "config.json", folder / "quantized.pth"
+    generate_config_file(model, pictures.INPUT_SHAPE, config)
+    choose_strategy(config, recipe.strategy, "min_max")
+    if recipe.outputs:
+        quantized = optimize_model(model, str(config))
+        set_calibrate_state(quantized, True)
+        with torch.no_grad():
+            quantized(batches[0])
+        set_calibrate_state(quantized, False)
+        torch.save(quantized.state_dict(), checkpoint)
+        plain = generate_final_model(model, str(config), str(checkpoint), str(folder))
+        assign(config, {}, outputs={node.layer: True for node in integer_nodes(plain.params) if _held_back(node)})
+    quantized = optimize_model(model, str(config))
+    post_training(quantized, batches, samples=64, short_sums=recipe.short_sums)
+    torch.save(quantized.state_dict(), checkpoint)
+    return generate_final_model(model, str(config), str(checkpoint), str(folder))
+
+
+def _held_back(node: NodeKind) -> bool:
+    return bool(node.layer) and not node.integer
 
 
 def _run(
