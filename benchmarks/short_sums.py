@@ -1,19 +1,19 @@
 """What 16-bit sums of two products do to EfficientNet-Lite0 in ONNX Runtime, and what the remedies cost.
 
-Processors with AVX2 and without VNNI have such sums. ``--emulator`` names a program that runs others as on such a one,
-such as ``'qemu-x86_64-static -cpu Haswell'``; it is slow, and looks at a few pictures only. Prints a table (on standard
-error) and JSON (on standard output, or to ``--output``).
+Processors with AVX2 and without VNNI have such sums. Where this one has more, ONNX Runtime is made to take it for one
+of those (:mod:`benchmarks.older_processor`). Prints a table (on standard error) and JSON (on standard output, or to
+``--output``).
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
+import json
+import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,12 +21,12 @@ if not __package__:  # started as a script: find the packages of the repository
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import older_processor
 from benchmarks.report import environment, write_json
 from benchmarks.workload import THREADS
 from dopt.dopt_torch.opt_main import generate_config_file, generate_final_model, optimize_model
@@ -42,7 +42,7 @@ __all__ = ["main"]
 
 Array = NDArray[np.float32]
 
-PROGRAM = """
+RUN = """
 import sys
 import numpy as np
 import onnxruntime
@@ -55,35 +55,69 @@ x = np.load(given)
 name = session.get_inputs()[0].name
 np.save(found, np.concatenate([session.run(None, {name: x[i : i + 1]})[0] for i in range(len(x))]))
 """
+"""What a process of its own does: the outputs of a model, one picture at a time."""
+
+TIME = """
+import json
+import sys
+import time
+import numpy as np
+import onnxruntime
+models, given, threads = sys.argv[1:3], sys.argv[3], int(sys.argv[4])
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = threads
+options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow the other model
+sessions = [onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in models]
+x = np.load(given)
+name = sessions[0].get_inputs()[0].name
+times = np.empty((110, 2))
+for i, place in np.ndindex(times.shape):
+    begun = time.perf_counter()
+    sessions[place].run(None, {name: x[i : i + 1]})
+    times[i, place] = time.perf_counter() - begun
+print(json.dumps(np.median(times[10:], axis=0).tolist()))
+"""
+"""Likewise: the median seconds of two models, which take turns, so that load on the machine is shared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ONNX Runtime made of a file on one kind of processor; ratios in dB.
+
+    Attributes:
+        plain_db: Outputs against float, without graph optimizations.
+        optimized_db: Likewise with all optimizations.
+        kernels_db: With optimizations against without.
+        agreement: Of the first class with the float model's, with all optimizations.
+        top1: How many labelled pictures are named rightly, with all optimizations.
+        latency: One picture at a time with all optimizations, as a share of the float model's on one thread.
+    """
+
+    plain_db: float
+    optimized_db: float
+    kernels_db: float
+    agreement: float
+    top1: int
+    latency: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of one recipe; ratios in dB, latency as a share of the float model's.
+    """What was found of one recipe.
 
     Attributes:
         recipe: What was done.
         hazard: The share of all output channels that can overflow.
         bytes_share: Size of the file, as a share of the float model's.
-        plain_db: Outputs against float, without graph optimizations.
-        agreement: Of the first class with the float model's, without optimizations.
-        optimized_db: Outputs against float, with all optimizations, on this processor.
-        kernels_db: With optimizations against without, on this processor.
-        latency: On this processor, one picture at a time, all optimizations.
-        emulated_db: Outputs against float, with all optimizations, on the emulated processor.
-        emulated_kernels_db: There against without optimizations.
+        older: On a processor with AVX2 and without VNNI.
+        this: On this processor as it is.
     """
 
     recipe: str
     hazard: float
     bytes_share: float
-    plain_db: float
-    agreement: float
-    optimized_db: float
-    kernels_db: float
-    latency: float
-    emulated_db: float | None = None
-    emulated_kernels_db: float | None = None
+    older: Run
+    this: Run
 
 
 RECIPES = {
@@ -96,26 +130,26 @@ RECIPES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emulator", help="program that runs others as on a processor without VNNI")
-    parser.add_argument("--emulated", type=int, default=8, help="how many pictures it looks at (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="file for the JSON (default: standard output)")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
     torch.set_num_threads(THREADS)
     try:
-        rows = [_row(name, options.emulator, options.emulated, console) for name in RECIPES]
-    except (DoptError, MissingDataError, OSError) as error:
+        with tempfile.TemporaryDirectory(prefix="dopt-benchmark-") as name:
+            older = older_processor.environment(Path(name))
+            rows = [_row(recipe, older, console) for recipe in RECIPES]
+    except (DoptError, MissingDataError, OSError, older_processor.MissingToolError) as error:
         console.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         return 1
     _show(rows, console)
-    about = {"benchmark": "short_sums", "workload": "EfficientNet-Lite0", "emulator": options.emulator}
+    about = {"benchmark": "short_sums", "workload": "EfficientNet-Lite0"}
     write_json({**about, "environment": environment(THREADS), "rows": [asdict(row) for row in rows]}, options.output)
     return 0
 
 
-def _row(recipe: str, emulator: str | None, emulated: int, console: Console) -> Row:
+def _row(recipe: str, older: Mapping[str, str], console: Console) -> Row:
     strategy, short_sums = RECIPES[recipe]
-    x = pictures.evaluation_set(200).pictures.numpy()
+    evaluation = pictures.evaluation_set(200)
     with tempfile.TemporaryDirectory(prefix="dopt-benchmark-") as name:
         folder = Path(name)
         with console.status(f"{recipe}: quantizing"):
@@ -128,60 +162,48 @@ def _row(recipe: str, emulator: str | None, emulated: int, console: Console) -> 
             torch.save(quantized.state_dict(), folder / "quantized.pth")
             result = generate_final_model(model, str(folder / "config.json"), str(folder / "quantized.pth"), name)
             (integer,) = convert(result.params, "onnx_qdq", folder)
+        x = evaluation.pictures.numpy()
+        np.save(folder / "given.npy", x)
+        checks = verify(result.params, [{"x": x[:1]}]).layers
         with console.status(f"{recipe}: running"):
-            exact, plain, fast = (
-                _run(file, x, folder, optimized)
-                for file, optimized in ((result.model, True), (integer, False), (integer, True))
-            )
-            checks = verify(result.params, [{"x": x[:1]}]).layers
-            latency = _latency(integer, result.model, x)
-        row = Row(
-            recipe,
-            hazard=float(np.mean([check.hazard for check in checks])),
-            bytes_share=integer.stat().st_size / result.model.stat().st_size,
-            plain_db=_db(exact, plain),
-            agreement=float(np.mean(exact.argmax(1) == plain.argmax(1))),
-            optimized_db=_db(exact, fast),
-            kernels_db=_db(plain, fast),
-            latency=latency,
-        )
-        if emulator is None:
-            return row
-        with console.status(f"{recipe}: running on the emulated processor"):
-            some = slice(None, emulated)
-            slow = _run(integer, x[some], folder, True, shlex.split(emulator))
-        return Row(
-            **{
-                **asdict(row),
-                "emulated_db": _db(exact[some], slow),
-                "emulated_kernels_db": _db(plain[some], slow),
-            }
-        )
+            float_outputs = _outputs(result.model, folder, True, os.environ)
+            runs = [
+                _run(integer, result.model, float_outputs, evaluation.labels.numpy(), folder, processor)
+                for processor in (older, os.environ)
+            ]
+        hazard = float(np.mean([check.hazard for check in checks]))
+        return Row(recipe, hazard, integer.stat().st_size / result.model.stat().st_size, *runs)
 
 
-def _run(model: Path, x: Array, folder: Path, optimized: bool, before: Sequence[str] = ()) -> Array:
-    """Return the outputs of a process of its own, which may run on an emulated processor."""
-    given, found = folder / "given.npy", folder / "found.npy"
-    np.save(given, x)
-    arguments = [str(part) for part in (model, given, found, int(optimized))]
-    subprocess.run([*before, sys.executable, "-c", PROGRAM, *arguments], check=True, stderr=subprocess.DEVNULL)
-    result: Array = np.load(found)
+def _run(
+    integer: Path, model: Path, wanted: Array, labels: NDArray[np.int64], folder: Path, processor: Mapping[str, str]
+) -> Run:
+    plain, fast = (_outputs(integer, folder, optimized, processor) for optimized in (False, True))
+    first = fast.argmax(1)
+    return Run(
+        plain_db=_db(wanted, plain),
+        optimized_db=_db(wanted, fast),
+        kernels_db=_db(plain, fast),
+        agreement=float(np.mean(wanted.argmax(1) == first)),
+        top1=int(np.sum(first[: len(labels)] == labels)),
+        latency=_latency(integer, model, folder, processor),
+    )
+
+
+def _outputs(model: Path, folder: Path, optimized: bool, processor: Mapping[str, str]) -> Array:
+    """Return what a process of its own computes, which may take the processor for an older one."""
+    files = [str(part) for part in (model, folder / "given.npy", folder / "found.npy")]
+    subprocess.run([sys.executable, "-c", RUN, *files, str(int(optimized))], check=True, env=dict(processor))
+    result: Array = np.load(folder / "found.npy")
     return result
 
 
-def _latency(model: Path, other: Path, x: Array) -> float:
-    """Return the median time of a picture as a share of another model's; they take turns, so that load is shared."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow the other model
-    sessions = [onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (model, other)]
-    name = sessions[0].get_inputs()[0].name
-    times = np.empty((60, 2))
-    for i, place in np.ndindex(times.shape):
-        begun = time.perf_counter()
-        sessions[place].run(None, {name: x[i : i + 1]})
-        times[i, place] = time.perf_counter() - begun
-    one, two = np.median(times[10:], axis=0)
+def _latency(model: Path, other: Path, folder: Path, processor: Mapping[str, str]) -> float:
+    """Return the median time of a picture as a share of another model's, on one thread."""
+    arguments = [str(part) for part in (model, other, folder / "given.npy", 1)]
+    command = [sys.executable, "-c", TIME, *arguments]
+    found = subprocess.run(command, check=True, env=dict(processor), capture_output=True, text=True)
+    one, two = json.loads(found.stdout)
     return float(one / two)
 
 
@@ -192,12 +214,13 @@ def _db(wanted: Array, found: Array) -> float:
 
 def _show(rows: Sequence[Row], console: Console) -> None:
     table = Table("recipe", title="EfficientNet-Lite0 in ONNX Runtime: dB against float")
-    for column in ("hazard", "plain", "agreement", "optimized", "of plain", "latency", "emulated", "of plain"):
+    for column in ("hazard", "size", "processor", "plain", "optimized", "of plain", "agreement", "top-1", "latency"):
         table.add_column(column, justify="right")
     for row in rows:
-        emulated = ["" if value is None else f"{value:.2f}" for value in (row.emulated_db, row.emulated_kernels_db)]
-        shares = [f"{row.hazard:.1%}", f"{row.plain_db:.2f}", f"{row.agreement:.1%}", f"{row.optimized_db:.2f}"]
-        table.add_row(row.recipe, *shares, f"{row.kernels_db:.2f}", f"{row.latency:.2f}x", *emulated)
+        for name, run in (("older", row.older), ("this", row.this)):
+            figures = [f"{value:.2f}" for value in (run.plain_db, run.optimized_db, run.kernels_db)]
+            shares = [f"{run.agreement:.1%}", f"{run.top1}", f"{run.latency:.2f}x"]
+            table.add_row(row.recipe, f"{row.hazard:.1%}", f"{row.bytes_share:.1%}", name, *figures, *shares)
     console.print(table)
 
 

@@ -18,13 +18,13 @@ from typing import Any
 from dopt_api.errors import ConfigError, closest
 from dopt_api.files import StrPath, write_text
 from dopt_api.quantizer.ranges import DEFAULT_RANGE, range_method_names
-from dopt_api.strategy import FLOAT, find_strategy
+from dopt_api.strategy import FLOAT, Strategy, find_strategy
 from dopt_api.types import InputSpec, LayerInfo, LayerPlan, ModelLayers, Plan
 
-__all__ = ["StrategyFile", "check", "parse_input_shape", "read", "write"]
+__all__ = ["StrategyFile", "assign", "check", "parse_input_shape", "read", "records_output", "write"]
 
 COMMENT = "//"
-LAYER_KEYS = ("op_type", "quant_strategy", "range")
+LAYER_KEYS = ("op_type", "quant_strategy", "range", "output")
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "int8", "uint8", "bool")
 
 _FULL_WIDTH = {
@@ -208,6 +208,7 @@ def assign(
     destination: StrPath | None = None,
     *,
     ranges: Mapping[str, str] | None = None,
+    outputs: Mapping[str, bool] | None = None,
 ) -> Path:
     """Write a strategy file again with other strategies for some layers; everything else stays.
 
@@ -216,6 +217,7 @@ def assign(
         strategies: The strategy of each layer to change, by its name; such as those of a search.
         destination: The file to write; by default the file itself.
         ranges: Likewise the range methods.
+        outputs: Likewise whether outputs are recorded.
 
     Raises:
         ConfigError: The file cannot be read, or has no layer of a name.
@@ -232,9 +234,10 @@ def assign(
     """
     file = read(path)
     content = json.loads(file.text)
-    changes = [
+    changes: list[tuple[str, str, str | bool]] = [
         *((name, "quant_strategy", strategy) for name, strategy in strategies.items()),
         *((name, "range", method) for name, method in (ranges or {}).items()),
+        *((name, "output", recorded) for name, recorded in (outputs or {}).items()),
     ]
     for name, key, value in changes:
         if name not in file.layers:
@@ -244,7 +247,10 @@ def assign(
                 expected="a layer of this file",
                 fix=closest(name, file.layers) or "Use the file of this model.",
             )
-        content["layer_strategy"][name][key] = value
+        entry = content["layer_strategy"][name]
+        entry[key] = value
+        if value in (False, FLOAT):  # what is not recorded is not mentioned, and a float layer records nothing
+            entry.pop("output", None)
     return write_text(path if destination is None else destination, _rendered(content))
 
 
@@ -303,11 +309,11 @@ def _check_entry(file: StrategyFile, name: str, entry: object) -> None:
                 expected=f"one of {', '.join(map(repr, LAYER_KEYS))}; comments stand under {COMMENT!r}",
                 fix=closest(key, LAYER_KEYS) or "Remove it.",
             )
-        if not isinstance(value, str):
+        if not isinstance(value, bool if key == "output" else str):
             raise ConfigError(
                 f"The {key!r} of layer {name!r} is {reprlib.repr(value)}",
                 where=file.where("layer_strategy", name),
-                expected="a string",
+                expected="true or false" if key == "output" else "a string",
             )
 
 
@@ -336,7 +342,31 @@ def _plan_layer(file: StrategyFile, name: str, layer: LayerInfo) -> LayerPlan | 
         where=where,
         unfit=layer.unfit,
     )
-    return None if strategy is None else LayerPlan(name, layer.op_type, strategy, method)
+    output = records_output(file, name, strategy)
+    return None if strategy is None else LayerPlan(name, layer.op_type, strategy, method, output)
+
+
+def records_output(file: StrategyFile, name: str, strategy: Strategy | None) -> bool:
+    """Return whether a layer's output is to be recorded.
+
+    Args:
+        file: The strategy file.
+        name: The layer.
+        strategy: Its strategy, ``None`` where it stays float.
+
+    Raises:
+        ConfigError: It is, and the strategy has no grid for it.
+    """
+    entry = file.layers[name]
+    output = bool(entry.get("output", False))
+    if output and (strategy is None or strategy.activation is None):
+        raise ConfigError(
+            f"The output of layer {name!r} cannot be recorded: its strategy is {entry['quant_strategy']!r}",
+            where=file.where("layer_strategy", name),
+            expected="a strategy with a grid for activations, on which the output is quantized too",
+            fix="Remove 'output', or choose another 'quant_strategy', such as 'Quant_INT8-8'.",
+        )
+    return output
 
 
 def _rendered(content: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dopt_api import config, manager
-from dopt_api.errors import ModelError
+from dopt_api.errors import ConfigError, ModelError
 from dopt_api.files import StrPath, staged
 from dopt_api.formats import convert, get_format
 from dopt_api.types import ExportResult, ModelLayers, Plan
@@ -175,7 +175,16 @@ def check(model: Any, config_file: StrPath, *, backend: str | None = None) -> Pl
 
 def _plan(backend: Backend, model: Any, config_file: StrPath) -> Plan:
     file = config.read(config_file)
-    return config.check(file, _find_layers(backend, model, file.input_shape))
+    plan = config.check(file, _find_layers(backend, model, file.input_shape))
+    recorded = [layer.name for layer in plan.quantized.values() if layer.output]
+    if recorded and not backend.info.capabilities.recorded_outputs:
+        raise ConfigError(
+            f"The backend {backend.info.name!r} does not record the outputs of layers",
+            where=file.where("layer_strategy", recorded[0]),
+            expected=f"no 'output' of layer {recorded[0]!r}",
+            fix="Remove 'output' from the file.",
+        )
+    return plan
 
 
 def _find_layers(backend: Backend, model: Any, input_shape: str | None) -> ModelLayers:

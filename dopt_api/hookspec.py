@@ -65,8 +65,14 @@ else:
 def dopt_describe_backend() -> BackendInfo:  # type: ignore[empty-body]  # a specification has no body
     """Describe the backend without importing its framework.
 
+    A model is handed to the backend that lists the qualified name of the model's class, or of a base of it, in
+    ``model_types``; the quantized model's class counts as well. An error that is raised here marks the backend as
+    broken in the list of backends.
+
     Returns:
-        Name, framework and version, model types, hook API version, and capabilities.
+        ``BackendInfo``: the entry point's name, the framework and its version (``None`` where it is not installed), the
+        backend's version, ``model_types``, the hook API version it was written for, and ``Capabilities``, of which
+        every flag is false unless claimed.
 
     Example:
         >>> from dopt_api.types import BackendInfo
@@ -80,15 +86,20 @@ def dopt_describe_backend() -> BackendInfo:  # type: ignore[empty-body]  # a spe
 
 @hookspec
 def dopt_find_layers(model: Any, input_shape: str | None) -> ModelLayers:  # type: ignore[empty-body]  # see above
-    """Find every operation of a float model: what can be quantized, and what cannot and why.
+    """Account for every operation of a float model: what can be quantized, and what cannot and why.
 
     Args:
         model: The float model; unchanged afterwards, its mode included.
-        input_shape: The contract's text of the deployed shapes, such as ``"x:1,3,224,224"``, sizes in elements, batch
-            first; ``None`` where the framework's model knows its own.
+        input_shape: The contract's text of the deployed shapes, such as ``"x:1,3,224,224"`` (sizes in elements, batch
+            first), to be read with ``dopt_api.config.parse_input_shape``; ``None`` where the framework's model knows
+            its own.
 
     Returns:
-        The layers in execution order, the refused operations with reasons, and the backend's own ``structure``.
+        ``ModelLayers``: the quantizable layers in execution order under names that are unique and stable, the refused
+        operations each with its reason, notes for the user, and ``structure``, which comes back to the backend with
+        the plan. A layer whose input can stay float while its weight is quantized says ``weight_only=True`` (a backend
+        with such layers claims the capability ``weight_only``), and one whose weights can have groups and zero points
+        gives their number per output channel as ``row``; the core offers it the strategies that follow.
 
     Raises:
         dopt_api.errors.ModelError: The model cannot be handled.
@@ -106,15 +117,19 @@ def dopt_find_layers(model: Any, input_shape: str | None) -> ModelLayers:  # typ
 
 @hookspec
 def dopt_optimize(model: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
-    """Return the model with fake quantization in the layers that ``plan.quantized`` names.
+    """Insert fake quantization into the layers that the strategy file chooses.
 
     Args:
         model: The float model. Frameworks with modules leave it unchanged and return a quantized copy; frameworks with
             session graphs rewrite its graph in place and return the session.
-        plan: The checked strategy file.
+        plan: The checked strategy file; ``plan.quantized`` holds the layers to quantize, each with its strategy and
+            range method.
         is_train_flag: Whether scales follow training: a boolean scalar of the graph, or ``None`` where modules carry
             their own mode.
         quant_flag: 0 for the float path, positive for the quantized one: an integer scalar, or ``None`` likewise.
+
+    Returns:
+        The quantized model: a copy, or the session. Keys of a float checkpoint stay keys of the quantized model.
 
     Raises:
         dopt_api.errors.ModelError: The model is already quantized, or cannot be handled.
@@ -132,15 +147,18 @@ def dopt_optimize(model: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -
 def dopt_set_calibrate_state(model: Any, calibration_mode: bool) -> None:
     """Switch calibration on or off.
 
-    On: forward passes run in float and collect statistics, from nothing. Off: the statistics of all processes are
-    merged, and the core's ranges become the scales and zero points. Switching to the present state does nothing.
+    On: forward passes run in float and collect ``dopt_api.quantizer.Statistics``, from nothing. Off: the statistics of
+    all processes are merged, and the core's ``activation_parameters`` makes scales and zero points of them. Switching
+    to the present state does nothing. Statistics are part of a checkpoint, so that who never switches off still exports
+    the right parameters.
 
     Args:
         model: What ``dopt_optimize`` returned.
         calibration_mode: On or off.
 
     Raises:
-        dopt_api.errors.CalibrationError: On switching off: a layer saw no data, or saw NaN or infinity.
+        dopt_api.errors.CalibrationError: On switching off: a layer saw no data, or saw NaN or infinity. The message
+            names the layer.
 
     Example:
         >>> @hookimpl
@@ -155,7 +173,7 @@ def dopt_set_calibrate_state(model: Any, calibration_mode: bool) -> None:
 
 @hookspec
 def dopt_get_quant_loss(model: Any) -> Any:
-    """Return the quantization loss: a differentiable scalar of the framework, dimensionless.
+    """Give training a term that pulls weights and inputs towards their grids.
 
     It is the mean over the quantized layers of the relative squared error of the weight and, where a training forward
     pass has run, of the probed elements of the input; see :mod:`dopt_api.quantizer.training`.
@@ -164,7 +182,7 @@ def dopt_get_quant_loss(model: Any) -> Any:
         model: What ``dopt_optimize`` returned.
 
     Returns:
-        A scalar, 0 when every layer is float.
+        A differentiable, dimensionless scalar of the framework; 0 when every layer is float.
 
     Example:
         >>> @hookimpl
@@ -186,21 +204,26 @@ def dopt_export(  # type: ignore[empty-body]  # see above
 ) -> ExportResult:
     """Write the deployable float graph and ``quant_params.json``, both or neither.
 
-    Batch normalization is folded and the weights of quantized layers lie on their grid; quantization of what is
-    written is done by :func:`dopt_api.params.quantize_layer`.
+    Batch normalization is folded and the weights of quantized layers lie on their grid. What is written is quantized by
+    :func:`dopt_api.params.quantize_layer`, so that equal weights and statistics give equal files whichever the
+    framework.
 
     Args:
         model: The float model, built anew; unchanged afterwards.
         plan: The checked strategy file.
-        checkpoint: State saved after calibration or retraining; nothing in it is executed.
-        output_dir: An existing folder.
+        checkpoint: Path of the state saved after calibration or retraining; nothing in it is executed.
+        output_dir: Path of an existing folder.
         output_names: Names of the outputs of the written graph, or ``None`` for the backend's own.
         dynamic_batch: Leave the batch size of the written graph open.
+
+    Returns:
+        ``ExportResult``: the paths of the two files, which must exist.
 
     Raises:
         dopt_api.errors.CheckpointError: The checkpoint is missing, unreadable, or does not fit.
         dopt_api.errors.CalibrationError: A quantized layer was neither calibrated nor trained.
-        dopt_api.errors.OutputError: The folder does not exist or cannot be written.
+        dopt_api.errors.OutputError: The folder does not exist or cannot be written; ``dopt_api.files.staged`` raises
+            it.
 
     Example:
         >>> from dopt_api.types import ExportResult

@@ -23,7 +23,7 @@ __all__ = [
     "Plan",
 ]
 
-HOOK_API_VERSION = "1.1"
+HOOK_API_VERSION = "1.2"
 """Version of the hooks: an added hook or argument raises the minor number, a removed one the major number."""
 
 
@@ -38,6 +38,7 @@ class Capabilities:
         dynamic_batch: The exported graph can leave the batch size open.
         session_graph: ``optimize`` rewrites a graph in place and takes the two flags of the contract.
         weight_only: Layers can have integer weights and a float input.
+        recorded_outputs: The outputs of layers are recorded and quantized where a plan asks for it.
     """
 
     retraining: bool = False
@@ -46,6 +47,7 @@ class Capabilities:
     dynamic_batch: bool = False
     session_graph: bool = False
     weight_only: bool = False
+    recorded_outputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,21 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is to be done with one layer: its strategy and how its range is chosen from the statistics."""
+    """What is to be done with one layer.
+
+    Attributes:
+        name: The layer's name.
+        op_type: Its kind.
+        strategy: Its strategy.
+        range_method: How its ranges are chosen from the statistics.
+        output: Whether its output is recorded and quantized as well, on the grid of the strategy's activations.
+    """
 
     name: str
     op_type: str
     strategy: Strategy
     range_method: str = DEFAULT_RANGE
+    output: bool = False
 
     @property
     def input_grid(self) -> Grid:

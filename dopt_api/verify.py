@@ -22,6 +22,7 @@ from onnx import numpy_helper
 from dopt_api.errors import FormatError
 from dopt_api.files import StrPath
 from dopt_api.formats import get_format
+from dopt_api.formats.integer_nodes import NodeKind, nodes_of
 from dopt_api.graphs import as_onnx, read_export
 from dopt_api.integer_sums import convolution_sums, matrix_sums
 from dopt_api.params import LayerParams, QuantParams
@@ -71,6 +72,7 @@ class Verification:
         optimized_db: Of the outputs of the optimized form against float.
         kernels_db: Of the optimized form against the form as it stands: what the kernels change; infinite if nothing.
         kernels: How many nodes of each operator that multiplies the optimized form has, such as ``QLinearConv``.
+        nodes: Which nodes run in integers, and why the others do not.
     """
 
     layers: tuple[LayerCheck, ...]
@@ -79,6 +81,7 @@ class Verification:
     optimized_db: float
     kernels_db: float
     kernels: Mapping[str, int]
+    nodes: tuple[NodeKind, ...] = ()
 
 
 def verify(
@@ -110,6 +113,7 @@ def verify(
         fast = _run(integer, data, [], optimized_file)
         kernels = _multiplying(onnx.load(str(optimized_file)))
         hazards = _hazards(onnx.load(str(integer)), params)
+        nodes = nodes_of(onnx.load(str(integer)), params)
         off = _off(integer, params, data[0])
     layers = tuple(
         LayerCheck(layer.name, *_alike(exact[edge], found[edge]), _clipped(exact[edge_in], layer), hazard, distance)
@@ -117,7 +121,8 @@ def verify(
     )
     ends = [np.concatenate([run[name].reshape(-1) for name in exact[""]]) for run in (exact, found, fast)]
     sqnr_db, cosine = _alike(ends[0], ends[1])
-    return Verification(layers, sqnr_db, cosine, _alike(ends[0], ends[2])[0], _alike(ends[1], ends[2])[0], kernels)
+    optimized_db, kernels_db = _alike(ends[0], ends[2])[0], _alike(ends[1], ends[2])[0]
+    return Verification(layers, sqnr_db, cosine, optimized_db, kernels_db, kernels, nodes)
 
 
 def _run(file: Path, data: Sequence[Feed], edges: Sequence[str], optimized: Path | None = None) -> dict[str, Any]:

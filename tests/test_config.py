@@ -575,3 +575,33 @@ def test_assigning_to_a_layer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no layer 'fc/Liner'.*Did you mean 'fc/Linear'"):
         config.assign(path, {"conv1/Conv2D": "float", "fc/Liner": "float"})
     assert path.read_text() == before
+
+
+def test_outputs_are_recorded_where_the_file_says_so(read):
+    found = ModelLayers((LayerInfo("fc/Linear", LINEAR, weight_only=True),))
+    for text, wanted in (("", False), (', "output": true', True), (', "output": false', False)):
+        file = read(f'{{"layer_strategy": {{"fc/Linear": {{"quant_strategy": "Quant_INT8-8"{text}}}}}}}')
+        assert config.check(file, found).quantized["fc/Linear"].output is wanted
+
+
+@pytest.mark.parametrize(
+    ("strategy", "output", "message"),
+    [
+        ("Quant_INT8-8", '"yes"', "'output' of layer 'fc/Linear' is 'yes'.*true or false"),
+        ("Quant_INT8-8", "1", "'output' of layer 'fc/Linear' is 1.*true or false"),
+        ("float", "true", "output of layer 'fc/Linear' cannot be recorded: its strategy is 'float'"),
+        ("Quant_FLOAT-8", "true", "cannot be recorded: its strategy is 'Quant_FLOAT-8'.*a grid for activations"),
+    ],
+)
+def test_an_output_that_cannot_be_recorded_is_refused_by_line(read, strategy, output, message):
+    found = ModelLayers((LayerInfo("fc/Linear", LINEAR, weight_only=True),))
+    text = f'{{"layer_strategy":\n{{"fc/Linear": {{"quant_strategy": "{strategy}", "output": {output}}}}}}}'
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.check(read(text), found)
+    assert caught.value.where.endswith("config.json, line 2")
+
+
+def test_a_layer_made_float_no_longer_records_its_output(read):
+    file = read('{"layer_strategy": {"fc/Linear": {"quant_strategy": "Quant_INT8-8", "output": true}}}')
+    config.assign(file.path, {"fc/Linear": "float"})
+    assert json.loads(file.path.read_text()) == {"layer_strategy": {"fc/Linear": {"quant_strategy": "float"}}}

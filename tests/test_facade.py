@@ -153,3 +153,12 @@ def test_the_package_lists_its_calls_and_nothing_else():
     assert all(getattr(dopt_api, name) for name in dopt_api.__all__)
     with pytest.raises(AttributeError, match="module 'dopt_api' has no attribute 'optimise'"):
         dopt_api.optimise  # noqa: B018  # the access is what is tested
+
+
+def test_outputs_are_refused_for_a_backend_that_does_not_record_them(model, chosen):
+    content = json.loads(chosen.read_text())
+    content["layer_strategy"]["fc"]["output"] = True
+    chosen.write_text(json.dumps(content, indent=1))
+    with pytest.raises(ConfigError, match=r"'alpha' does not record the outputs of layers.*no 'output' of layer 'fc'"):
+        dopt_api.optimize(model, chosen)
+    assert [call[0] for call in calls()] == ["find_layers"]

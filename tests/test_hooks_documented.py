@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import re
@@ -44,6 +45,28 @@ def test_every_hook_has_a_docs_section_with_its_arguments_and_errors(hook):
         assert f"`{error}`" in text
     for part in ("Purpose", "Arguments", "Returns", "Errors", "Example"):
         assert f"**{part}" in text
+
+
+@pytest.fixture
+def maker():
+    """The program that makes the page."""
+    specification = importlib.util.spec_from_file_location("hooks_page", TESTS.parent / "docs" / "hooks_page.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_specifications_say(maker):
+    assert maker.page(PAGE) == PAGE, "python docs/hooks_page.py"
+
+
+@every_hook
+def test_a_hook_without_documentation_has_no_page(hook, maker, monkeypatch):
+    document = getattr(hookspec, hook).__doc__
+    for without in ("", document.partition("\n")[0], document.replace("Args:", "Note:").replace("Returns:", "Note:")):
+        monkeypatch.setattr(getattr(hookspec, hook), "__doc__", without)
+        with pytest.raises(SystemExit, match=hook):
+            maker.section_of(hook)
 
 
 @every_hook

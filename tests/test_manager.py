@@ -228,7 +228,7 @@ def test_a_backend_that_breaks_the_contract_is_refused(install_backend, extra, p
 def test_another_major_version_of_the_hooks_is_refused(install_backend, version):
     description = f'return BackendInfo("alpha", "a", None, "0", ("a.Net",), "{version}")'
     install_backend("alpha", extra=hook("dopt_describe_backend", "", description))
-    with pytest.raises(BackendError, match=f"was written for hook API {version}.*hook API 1.1.*go together"):
+    with pytest.raises(BackendError, match=f"was written for hook API {version}.*hook API 1.2.*go together"):
         manager.load("alpha")
 
 

@@ -27,6 +27,7 @@ Examples:
   dopt config set config.json --strategy Quant_INT8-8
   dopt config set config.json --strategy float --layer '*classifier*'
   dopt config set config.json --range mse --op-type '*Conv2d*' --dry-run
+  dopt config set config.json --record-output --layer '*conv_pwl*'
 """
 
 
@@ -60,7 +61,12 @@ def show(file: Path, as_json: bool) -> None:
     if as_json:
         print_json({name: dict(entry) for name, entry in layers.items()})
         return
-    print_table(("layer", "op_type", "strategy", "range"), (_row(name, entry) for name, entry in layers.items()))
+    columns: tuple[str, ...] = ("layer", "op_type", "strategy", "range")
+    rows = [_row(name, entry) for name, entry in layers.items()]
+    if any("output" in entry for entry in layers.values()):
+        columns += ("output",)
+        rows = [(*row, _text(entry.get("output"))) for row, entry in zip(rows, layers.values(), strict=True)]
+    print_table(columns, rows)
     click.echo(f"\n{len(layers)} layers: {_counted(layers)}")
 
 
@@ -68,6 +74,7 @@ def show(file: Path, as_json: bool) -> None:
 @click.argument("file", type=FILE)
 @click.option("--strategy", metavar="NAME", help="The strategy to give, or float.")
 @click.option("--range", "range_method", metavar="NAME", help="The range method to give.")
+@click.option("--record-output/--no-record-output", default=None, help="Record the layers' outputs as well, or not.")
 @click.option(
     "--layer", "patterns", metavar="PATTERN", multiple=True, help="Layers by name; * and ? stand for any text."
 )
@@ -79,17 +86,21 @@ def set_(
     file: Path,
     strategy: str | None,
     range_method: str | None,
+    record_output: bool | None,
     patterns: tuple[str, ...],
     op_types: tuple[str, ...],
     output: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Give layers of FILE another strategy or range: those whose name and kind match, by default all."""
+    """Give layers of FILE another strategy or range, or record their outputs.
+
+    Those whose name and kind match, by default all.
+    """
     from dopt_api.config import assign  # noqa: PLC0415  # help does not need it
 
-    if strategy is None and range_method is None:
-        raise click.UsageError("Say what to give: --strategy NAME, --range NAME, or both.")
+    if strategy is None and range_method is None and record_output is None:
+        raise click.UsageError("Say what to give: --strategy NAME, --range NAME, --record-output, or several.")
     _check_names(strategy, range_method)
     layers = _read(file).layers
     _check_patterns(file, layers, patterns, op_types)
@@ -98,23 +109,27 @@ def set_(
         for name, entry in layers.items()
         if _matches(name, patterns) and _matches(str(entry.get("op_type", "")), op_types)
     ]
-    wanted = {"quant_strategy": strategy, "range": range_method}
+    wanted = {"quant_strategy": strategy, "range": range_method, "output": record_output}
     changes = [
-        {"layer": name, "key": key, "from": layers[name].get(key), "to": value}
+        {"layer": name, "key": key, "from": before, "to": value}
         for name in chosen
         for key, value in wanted.items()
-        if value is not None and layers[name].get(key) != value
+        for before in [layers[name].get(key, False if key == "output" else None)]
+        if value is not None and before != value
     ]
     if not dry_run and (changes or output is not None):
-        new_ones: list[dict[str, str]] = [
-            {} if value is None else dict.fromkeys(chosen, value) for value in wanted.values()
-        ]
-        assign(file, new_ones[0], output, ranges=new_ones[1])
+        assign(
+            file,
+            {} if strategy is None else dict.fromkeys(chosen, strategy),
+            output,
+            ranges={} if range_method is None else dict.fromkeys(chosen, range_method),
+            outputs={} if record_output is None else dict.fromkeys(chosen, record_output),
+        )
     if as_json:
         print_json({"matched": len(chosen), "changes": changes, "written": not dry_run})
         return
     if changes:
-        print_table(("layer", "key", "from", "to"), ((c["layer"], c["key"], c["from"] or "", c["to"]) for c in changes))
+        print_table(("layer", "key", "from", "to"), (tuple(map(_text, c.values())) for c in changes))
     verb = "would change" if dry_run else "changed"
     click.echo(f"{len({c['layer'] for c in changes})} of {len(chosen)} matching layers {verb}.")
 
@@ -125,18 +140,20 @@ def set_(
 @click.option("--backend", metavar="NAME", help="The backend.  [default: that of the model's type]")
 def check(file: Path, model: str | None, backend: str | None) -> None:
     """Check a strategy file: its syntax and names, and with --model that it is that of the model."""
-    from dopt_api.strategy import find_strategy, strategy_names  # noqa: PLC0415  # help does not need it
+    from dopt_api.config import records_output  # noqa: PLC0415  # help does not need it
+    from dopt_api.strategy import find_strategy, strategy_names  # noqa: PLC0415  # likewise
 
     content = _read(file)
     for name, entry in content.layers.items():
         where = content.where("layer_strategy", name)
-        find_strategy(
+        strategy = find_strategy(
             entry["quant_strategy"],
             layer=name,
             op_type=str(entry.get("op_type")),
             supported=strategy_names(),
             where=where,
         )
+        records_output(content, name, strategy)
         _check_names(None, entry.get("range"))
     if model is not None:
         from dopt_api import facade  # noqa: PLC0415  # as above
@@ -158,7 +175,7 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
         {"layer": name, "key": key, "one": before.get(key), "other": after.get(key)}
         for name in dict.fromkeys([*first, *second])
         for before, after in [(first.get(name, {}), second.get(name, {}))]
-        for key in ("op_type", "quant_strategy", "range")
+        for key in ("op_type", "quant_strategy", "range", "output")
         if before.get(key) != after.get(key)
     ]
     if as_json:
@@ -166,7 +183,7 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
     elif rows:
         print_table(
             ("layer", "key", str(one), str(other)),
-            ((row["layer"], row["key"], row["one"] or "", row["other"] or "") for row in rows),
+            (tuple(map(_text, row.values())) for row in rows),
         )
     else:
         click.echo("The files have the same layers, strategies and ranges.")
@@ -182,6 +199,11 @@ def _read(file: Path) -> StrategyFile:
 
 def _row(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     return name, str(entry.get("op_type", "")), str(entry["quant_strategy"]), str(entry.get("range", ""))
+
+
+def _text(value: object) -> str:
+    """Return a value as JSON has it, but without quotes."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _counted(layers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from dopt_api.formats.integer_nodes import NodeKind
 
 __all__ = ["command"]
 
@@ -50,9 +55,20 @@ def command(params: Path, formats: tuple[str, ...], output_dir: Path | None, as_
         raise click.UsageError(f"Say the format: --to {' or --to '.join(format_names())}.")
     file = params / "quant_params.json" if params.is_dir() else params
     written = {name: [str(path) for path in convert(file, name, output_dir or file.parent)] for name in formats}
+    nodes = _nodes(file) if "onnx_qdq" in written else []
     if as_json:
-        click.echo(json.dumps(written, indent=2))
+        click.echo(json.dumps({**written, **({"nodes": [asdict(node) for node in nodes]} if nodes else {})}, indent=2))
         return
     for name, paths in written.items():
         for path in paths:
             click.echo(f"{name}: {path}")
+    if nodes:
+        from dopt_api.formats.integer_nodes import summary  # noqa: PLC0415  # needs onnx
+
+        click.echo(f"onnx_qdq: {summary(nodes)}; dopt verify says why the others do not")
+
+
+def _nodes(file: Path) -> list[NodeKind]:
+    from dopt_api.formats.integer_nodes import integer_nodes  # noqa: PLC0415  # needs onnx
+
+    return list(integer_nodes(file))

@@ -32,8 +32,13 @@ def show(file: Path, as_json: bool) -> None:
     if as_json:
         print_json([asdict(layer) for layer in layers.values()])
         return
-    columns = ("layer", "strategy", "input", "scale", "zero point", "weight", "channels", "least scale", "greatest")
-    print_table(columns, map(_row, layers.values()), right=columns[3:5] + columns[6:])
+    columns: tuple[str, ...] = ("layer", "strategy", "input", "scale", "zero point", "weight", "channels")
+    columns += ("least scale", "greatest")
+    rows = [_row(layer) for layer in layers.values()]
+    if any(layer.output for layer in layers.values()):
+        columns += ("output scale", "output zero point")
+        rows = [(*row, *_output(layer)) for row, layer in zip(rows, layers.values(), strict=True)]
+    print_table(columns, rows, right=columns[3:5] + columns[6:])
 
 
 @command.command("diff")
@@ -51,8 +56,11 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
     if as_json:
         print_json(rows)
     elif rows:
-        columns = ("layer", "difference", "input scale", "weight scale")
-        cells = ((row["layer"], row["what"], _percent(row["input"]), _percent(row["weight"])) for row in rows)
+        columns = ("layer", "difference", "input scale", "weight scale", "output scale")
+        cells = (
+            (row["layer"], row["what"], *(_percent(row[part]) for part in ("input", "weight", "output")))
+            for row in rows
+        )
         print_table(columns, cells, right=columns[2:])
     else:
         click.echo(f"The files have the same {len(first)} layers and numbers.")
@@ -81,22 +89,29 @@ def _row(layer: LayerParams) -> tuple[object, ...]:
     )
 
 
+def _output(layer: LayerParams) -> tuple[object, ...]:
+    return ("", "") if layer.output is None else (f"{layer.output.scale[0]:.6g}", layer.output.zero_point[0])
+
+
 def _difference(one: LayerParams | None, other: LayerParams | None) -> dict[str, Any]:
     """Return what differs, and the greatest relative change of the scales."""
     if one is None or other is None:
-        return {"what": f"only in the {'second' if one is None else 'first'}", "input": None, "weight": None}
+        what = f"only in the {'second' if one is None else 'first'}"
+        return {"what": what, "input": None, "weight": None, "output": None}
     pairs = {
         "strategy": (one.strategy, other.strategy),
         "node": (one.node, other.node),
         "input": (one.input, other.input),
         "weight": (one.weight, other.weight),
         "bias": (one.bias, other.bias),
+        "output": (one.output, other.output),
     }
     what = ", ".join(key for key, (before, after) in pairs.items() if before != after) or "other calls"
     return {
         "what": what,
         "input": _change(one.input.scale, other.input.scale),
         "weight": _change(one.weight.scale, other.weight.scale),
+        "output": None if one.output is None or other.output is None else _change(one.output.scale, other.output.scale),
     }
 
 

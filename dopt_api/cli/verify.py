@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ import click
 from dopt_api.cli.output import print_table
 
 if TYPE_CHECKING:
+    from dopt_api.formats.integer_nodes import NodeKind
     from dopt_api.verify import LayerCheck
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,6 +67,7 @@ def command(params: Path, data: Path | None, picture: Path | None, min_sqnr: flo
         click.echo(f"\noutputs against float: {found.sqnr_db:.2f} dB, cosine {found.cosine:.5f}")
         click.echo(f"with all optimizations: {found.optimized_db:.2f} dB; against without: {found.kernels_db:.2f} dB")
         click.echo("kernels: " + ", ".join(f"{count} {kind}" for kind, count in found.kernels.items()))
+        _show_nodes(found.nodes)
         if "MatMulNBits" in found.kernels:
             click.echo(
                 "\nMatMulNBits quantizes float inputs to 8 bits. To keep them float, as simulated, set\n"
@@ -80,6 +82,17 @@ def command(params: Path, data: Path | None, picture: Path | None, min_sqnr: flo
     if min_sqnr is not None and not min(found.sqnr_db, found.optimized_db) >= min_sqnr:
         worst = min(found.sqnr_db, found.optimized_db)
         raise click.ClickException(f"The outputs have {worst:.2f} dB, less than --min-sqnr {min_sqnr:g}.")
+
+
+def _show_nodes(nodes: Sequence[NodeKind]) -> None:
+    """Show how many nodes run in integers, and why others that multiply do not."""
+    from dopt_api.formats.integer_nodes import MULTIPLYING, summary  # noqa: PLC0415  # needs onnx
+
+    click.echo(f"{summary(nodes)}")
+    left = [node for node in nodes if node.op_type in MULTIPLYING and not node.integer]
+    if left:
+        click.echo()
+        print_table(("float node", "layer", "why"), ((node.node, node.layer, node.reason) for node in left))
 
 
 def _row(layer: LayerCheck) -> tuple[object, ...]:

@@ -61,6 +61,8 @@ def _tensors(layer: LayerParams) -> Iterator[tuple[str, TensorParams]]:
         yield layer.input.tensor, layer.input
         yield from ((edge, layer.input) for _, edge in layer.other_calls)
     yield layer.weight.tensor, layer.weight
+    if layer.output is not None:
+        yield from ((edge, layer.output) for edge in (layer.output.tensor, *layer.other_outputs))
 
 
 def _entry(name: str, part: TensorParams) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The format ``onnx_qdq``: ONNX with integer weights and quantize/dequantize pairs, as runtimes fuse it.
 
 Weights are stored as int8 and biases as int32, each behind a ``DequantizeLinear``; the input of a quantized layer
-passes through ``QuantizeLinear`` and ``DequantizeLinear``. ONNX Runtime, TensorRT and OpenVINO replace the pattern by
+passes through ``QuantizeLinear`` and ``DequantizeLinear``, and so does its output where that is recorded. ONNX
+Runtime, TensorRT and OpenVINO replace the pattern by
 integer kernels (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 """
 
@@ -20,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from dopt_api.errors import FormatError, ParamsError
 from dopt_api.params import LayerParams, QuantParams, TensorParams
 
-__all__ = ["stored_integers", "write"]
+__all__ = ["integer_form", "stored_integers", "write"]
 
 OPSET = 13
 """The first version of ONNX's operators whose ``DequantizeLinear`` has an axis."""
@@ -39,13 +40,26 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
         ParamsError: The parameters are not those of the model.
         FormatError: The model is not ONNX, or a strategy has no such form.
     """
+    content = integer_form(model, params)
+    onnx.checker.check_model(content)
+    (folder / f"{model.stem}.qdq.onnx").write_bytes(content.SerializeToString(deterministic=True))
+
+
+def integer_form(model: Path, params: QuantParams) -> Any:
+    """Return what :func:`write` writes, as a model in memory.
+
+    Raises:
+        ParamsError: The parameters are not those of the model.
+        FormatError: The model is not ONNX, or a strategy has no such form.
+    """
     graph = _load(model, "onnx_qdq")
     for layer in params.layers:
         graph.quantize_inputs(layer)
         graph.store(layer)
+    for layer in params.layers:
+        graph.quantize_outputs(layer)
     graph.finish()
-    onnx.checker.check_model(graph.content)
-    (folder / f"{model.stem}.qdq.onnx").write_bytes(graph.content.SerializeToString(deterministic=True))
+    return graph.content
 
 
 def stored_integers(model: Path, params: QuantParams, format_name: str) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
@@ -115,6 +129,38 @@ class _Graph:
                 continue
             place = list(node.input).index(edge)
             node.input[place] = self._pair(self._without_padding(node, edge), layer.input)
+
+    def quantize_outputs(self, layer: LayerParams) -> None:
+        """Let all that reads the recorded output of a layer read quantized values.
+
+        Readers that quantize the edge on a grid of their own do so from those values; an equal grid is one pair.
+        """
+        if layer.output is None:
+            return
+        for edge in (layer.output.tensor, *layer.other_outputs):
+            if edge not in self.producers:
+                raise self._foreign(layer, f"there is no edge {edge!r}")
+            made = self._pair(edge, layer.output)
+            own = [node for node in self.pairs[edge] if _base(node.output[0]) == _base(made)]
+            self.pairs[edge] = [*own, *(node for node in self.pairs[edge] if _base(node.output[0]) != _base(made))]
+            readers = [*self.graph.node, *(node for nodes in self.pairs.values() for node in nodes)]
+            for node in readers:
+                if not any(node is one for one in own):
+                    _replace(node.input, edge, made)
+            for value in self.graph.output:
+                if value.name == edge:
+                    self._rename_behind(edge, own)
+
+    def _rename_behind(self, edge: str, pair: list[Any]) -> None:
+        """Let an output of the graph be what stands behind its quantization, under the output's name."""
+        before = f"{edge}/dopt/float"
+        made = pair[-1].output[0]
+        _replace(self.producers[edge].output, edge, before)
+        _replace(pair[0].input, edge, before)
+        _replace(pair[-1].output, made, edge)
+        for node in [*self.graph.node, *(node for nodes in self.pairs.values() for node in nodes)]:
+            _replace(node.input, made, edge)
+        self.pairs[before] = self.pairs.pop(edge)
 
     def store(self, layer: LayerParams) -> None:
         """Store a layer's weight and bias as integers."""
@@ -332,6 +378,17 @@ class _Graph:
             expected="the two files that one export wrote",
             fix="Export the model again.",
         )
+
+
+def _base(edge: str) -> str:
+    """Return what the edges of a pair have in common."""
+    return edge.rpartition("/")[0]
+
+
+def _replace(names: Any, old: str, new: str) -> None:
+    for place, name in enumerate(names):
+        if name == old:
+            names[place] = new
 
 
 def _attribute(node: Any, name: str, default: Any) -> Any:

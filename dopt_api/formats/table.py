@@ -27,7 +27,9 @@ def write(model: Path, params: QuantParams, folder: Path) -> None:
 
 def _rows(layer: LayerParams) -> Iterator[tuple[object, ...]]:
     head = (layer.name, layer.op_type, layer.strategy)
-    for role, part in (("input", layer.input), ("weight", layer.weight)):
+    for role, part in (("input", layer.input), ("weight", layer.weight), ("output", layer.output)):
+        if part is None:
+            continue
         for channel, (scale, zero_point) in enumerate(zip(part.scale, part.zero_point, strict=True)):
             where = (part.tensor, "" if part.axis is None else channel)
             yield (*head, role, *where, part.dtype, np.float32(scale), zero_point)

@@ -21,6 +21,7 @@ from dopt_api._version import __version__
 from dopt_api.errors import ParamsError
 from dopt_api.files import StrPath
 from dopt_api.params.layers import QuantizedLayer
+from dopt_api.quantizer.grid import Grid
 
 __all__ = [
     "FORMAT",
@@ -95,6 +96,9 @@ class LayerParams:
         weight: Quantization of its weight.
         bias: Quantization of its bias, or ``None`` without one.
         other_calls: Further ``(node, input edge)`` pairs of a layer that is called several times.
+        output: Quantization of its output, where that was recorded. The tensor is the edge after which it is
+            quantized: the layer's own, or that of the rectifier that alone reads it.
+        other_outputs: The edges after which the outputs of the other calls are quantized, on the same grid.
     """
 
     name: str
@@ -105,6 +109,8 @@ class LayerParams:
     weight: TensorParams
     bias: BiasParams | None
     other_calls: tuple[tuple[str, str], ...] = ()
+    output: TensorParams | None = None
+    other_outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def layer_params(
     weight_tensor: str,
     weight_axis: int,
     bias_tensor: str | None,
+    outputs: Sequence[str] = (),
 ) -> LayerParams:
     """Return the entry of a quantized layer.
 
@@ -131,9 +138,11 @@ def layer_params(
         weight_tensor: The weight's initializer.
         weight_axis: The output channels' axis of that initializer.
         bias_tensor: The bias's initializer, or ``None``.
+        outputs: The edge after which each call's output is quantized, for a layer whose output is recorded.
     """
     activation, weight = layer.plan.strategy.activation, layer.plan.strategy.weight
     (node, edge), *others = calls
+    made, *others_made = outputs if layer.output_scale is not None else ("",)
     return LayerParams(
         name=layer.plan.name,
         node=node,
@@ -141,9 +150,7 @@ def layer_params(
         strategy=layer.plan.strategy.name,
         input=TensorParams(edge, *FLOAT_INPUT)
         if activation is None or layer.input_scale is None
-        else TensorParams(
-            edge, activation.dtype, activation.bits, _floats(layer.input_scale), (layer.input_zero_point,), None
-        ),
+        else _activation(edge, activation, layer.input_scale, layer.input_zero_point),
         weight=TensorParams(
             weight_tensor,
             weight.dtype,
@@ -157,7 +164,15 @@ def layer_params(
         if bias_tensor is None or layer.bias_scale is None
         else BiasParams(bias_tensor, "int32", _floats(layer.bias_scale)),
         other_calls=tuple(others),
+        output=None
+        if activation is None or layer.output_scale is None
+        else _activation(made, activation, layer.output_scale, layer.output_zero_point),
+        other_outputs=tuple(others_made),
     )
+
+
+def _activation(edge: str, grid: Grid, scale: np.float32, zero_point: int) -> TensorParams:
+    return TensorParams(edge, grid.dtype, grid.bits, _floats(scale), (zero_point,), None)
 
 
 def render_params(params: QuantParams) -> str:
@@ -171,10 +186,11 @@ def render_params(params: QuantParams) -> str:
     lines = ["{", *(f" {_json(key)}: {_json(value)}," for key, value in head.items()), ' "layers": [']
     for number, layer in enumerate(params.layers):
         entry = asdict(layer)
-        if not entry["other_calls"]:
-            del entry["other_calls"]
-        for role in ("input", "weight"):
-            if entry[role]["group"] is None:
+        for key in ("other_calls", "output", "other_outputs"):
+            if not entry[key]:
+                del entry[key]
+        for role in ("input", "weight", "output"):
+            if role in entry and entry[role]["group"] is None:
                 del entry[role]["group"]
         body = ",\n".join(f"   {_json(key)}: {_json(value)}" for key, value in entry.items())
         lines += ["  {", body, "  }" if number + 1 == len(params.layers) else "  },"]
@@ -221,7 +237,7 @@ def read_params(path: StrPath) -> QuantParams:
 
 def _read_layer(entry: _Reader) -> LayerParams:
     entry.only(LayerParams)
-    return LayerParams(
+    layer = LayerParams(
         name=entry.text("name"),
         node=entry.text("node"),
         op_type=entry.text("op_type"),
@@ -230,7 +246,21 @@ def _read_layer(entry: _Reader) -> LayerParams:
         weight=_read_tensor(entry.child("weight")),
         bias=None if entry.is_null("bias") else _read_bias(entry.child("bias")),
         other_calls=entry.pairs("other_calls") if "other_calls" in entry.content else (),
+        output=_read_output(entry.child("output")) if "output" in entry.content else None,
+        other_outputs=entry.texts("other_outputs") if "other_outputs" in entry.content else (),
     )
+    if layer.output is None and "other_outputs" in entry.content:
+        entry.refuse("other_outputs", "no such key without an 'output'")
+    if layer.output is not None and len(layer.other_outputs) != len(layer.other_calls):
+        entry.refuse("other_outputs", f"{len(layer.other_calls)} edges, as many as there are other calls")
+    return layer
+
+
+def _read_output(entry: _Reader) -> TensorParams:
+    output = _read_tensor(entry)
+    if output.axis is not None or len(output.scale) != 1:
+        entry.refuse("axis", "null, and one scale: an output is quantized as a whole")
+    return output
 
 
 def _read_input(entry: _Reader) -> TensorParams:
@@ -336,6 +366,12 @@ class _Reader:
         ):
             self.refuse(key, "a list of [node, input edge]")
         return tuple((node, edge) for node, edge in values)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self.get(key)
+        if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+            self.refuse(key, "a list of strings")
+        return tuple(values)
 
     def child(self, key: str) -> _Reader:
         return _Reader(self.file, f"{self.place}.{key}".lstrip("."), self.get(key))

@@ -63,6 +63,8 @@ class QuantizedLayer:
         bias_scale: ``input_scale * weight_scale`` in float32 for each output channel; ``None`` without a bias, and
             where the input is float.
         axis: The axis of the weight with the output channels.
+        output_scale: Scale of the output, or ``None`` where it is not recorded.
+        output_zero_point: Zero point of the output.
     """
 
     plan: LayerPlan
@@ -75,6 +77,8 @@ class QuantizedLayer:
     weight_zero_point: NDArray[np.int32]
     bias_scale: Float32 | None
     axis: int
+    output_scale: np.float32 | None = None
+    output_zero_point: int = 0
 
 
 def fold(layer: FloatLayer) -> tuple[Float32, Float32 | None]:
@@ -90,6 +94,8 @@ def quantize_layer(
     input_scale: np.float32 | None,
     input_zero_point: int = 0,
     weight_gain: ArrayLike = 0.0,
+    output_scale: np.float32 | None = None,
+    output_zero_point: int = 0,
 ) -> QuantizedLayer:
     """Fold and quantize one layer.
 
@@ -103,6 +109,8 @@ def quantize_layer(
         input_scale: Scale of the input; not looked at where the strategy leaves it float.
         input_zero_point: Zero point of the input.
         weight_gain: Learned gains, one per scale, on the scales that the folded weight's extremes give.
+        output_scale: Scale of the output, where the plan asks for it; otherwise not looked at.
+        output_zero_point: Zero point of the output.
 
     Raises:
         NumbersError: The weight or bias has NaN, infinity or values too large for a scale, or a scale is not positive
@@ -135,6 +143,8 @@ def quantize_layer(
         input_scale = None
     else:
         _check_scale("input", np.float32(np.nan) if input_scale is None else input_scale, plan)
+    if plan.output:
+        _check_scale("output", np.float32(np.nan) if output_scale is None else output_scale, plan)
     if bias is not None and input_scale is not None:
         scale = _raised(scale, bias, float(input_scale))
         with np.errstate(over="ignore"):
@@ -152,6 +162,8 @@ def quantize_layer(
         weight_zero_point=zero_point,
         bias_scale=bias_scale,
         axis=layer.axis,
+        output_scale=np.float32(output_scale) if plan.output and output_scale is not None else None,
+        output_zero_point=int(output_zero_point),
     )
 
 

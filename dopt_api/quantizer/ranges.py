@@ -195,27 +195,28 @@ def get_range_method(name: str) -> RangeMethod:
 
 
 def activation_parameters(
-    statistics: Statistics, grid: Grid, *, layer: str, method: str = DEFAULT_RANGE
+    statistics: Statistics, grid: Grid, *, layer: str, method: str = DEFAULT_RANGE, role: str = "input"
 ) -> tuple[np.float32, int]:
-    """Return the scale and zero point of a layer's input, from its statistics.
+    """Return the scale and zero point of a layer's input or output, from its statistics.
 
     Args:
         statistics: What calibration saw.
         grid: The grid of the activations.
         layer: The layer's name, for messages.
         method: One of :func:`range_method_names`.
+        role: ``input`` or ``output``, for messages.
 
     Raises:
         CalibrationError: There are no data, or some had NaN, infinity or values too large for a scale; the message
             names the layer.
     """
-    statistics.check(layer)
+    statistics.check(layer, role)
     try:
         scale_zero_point(statistics.minimum, statistics.maximum, grid)  # whichever the method: the extremes are usable
         scale, zero_point = scale_zero_point(*get_range_method(method)(statistics, grid), grid)
     except NumbersError as error:
         raise CalibrationError(
-            f"The input of layer {layer!r} cannot be quantized: {error.what}",
+            f"The {role} of layer {layer!r} cannot be quantized: {error.what}",
             where=f"layer {layer!r}",
             expected=error.expected,
             fix=error.fix,

@@ -161,11 +161,12 @@ class Statistics:
         steps = np.arange(-HALF_BINS, HALF_BINS + 1, dtype=np.float64)
         return np.delete(steps, HALF_BINS) * width
 
-    def check(self, layer: str) -> None:
+    def check(self, layer: str, role: str = "input") -> None:
         """Raise if no range can be drawn from these statistics.
 
         Args:
             layer: The layer's name, for the message.
+            role: Whether they are those of its ``input`` or its ``output``, likewise.
 
         Raises:
             CalibrationError: There are no data, or some had NaN or infinity.
@@ -173,14 +174,14 @@ class Statistics:
         if int(self.non_finite):
             total = int(self.non_finite) + int(self.samples)
             raise CalibrationError(
-                f"The input of layer {layer!r} had NaN or infinity in {int(self.non_finite)} of {total} samples",
+                f"The {role} of layer {layer!r} had NaN or infinity in {int(self.non_finite)} of {total} samples",
                 where=f"layer {layer!r}",
                 expected="finite values in every calibration sample",
                 fix="Look for broken pictures or an overflow before this layer, then calibrate again.",
             )
         if not int(self.samples):
             raise CalibrationError(
-                f"Layer {layer!r} has seen no data",
+                f"{'Layer' if role == 'input' else f'The {role} of layer'} {layer!r} has seen no data",
                 where=f"layer {layer!r}",
                 expected="at least one calibration sample",
                 fix="Run forward passes that reach this layer while the calibration mode is on, or leave it 'float'.",

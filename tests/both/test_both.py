@@ -232,3 +232,65 @@ def test_rounding_chooses_the_same_integers_in_both(tmp_path, strategy, short_su
         assert close.mean() > 0.99  # an input that float sums leave at a tie may round the other way
         assert not np.allclose(found[number], kernels[number], atol=1e-3)
         np.testing.assert_allclose(shifted[number], values[f"bias{number}"], atol=1e-3)
+
+
+def test_a_recorded_output_has_the_same_numbers_in_both(tmp_path):
+    import tensorflow as tf
+    import torch
+
+    v1 = tf.compat.v1
+    numbers = np.random.default_rng(0)  # whole numbers, so that sums are exact in any order
+    kernel, bias = numbers.integers(-4, 5, (6, 4, 3, 3)).astype("f"), numbers.integers(-9, 9, 6).astype("f")
+    last, data = numbers.integers(-4, 5, (2, 6, 1, 1)).astype("f"), numbers.integers(-8, 9, (5, 4, 9, 9)).astype("f")
+
+    def recorded(path):
+        content = json.loads(choose_all(path).read_text())
+        for layer in content["layer_strategy"].values():
+            layer |= {"output": True, "range": "mse"}
+        path.write_text(json.dumps(content))
+        return path
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.ReLU(), torch.nn.Conv2d(6, 2, 1, bias=False))
+    weights = {"0.weight": kernel, "0.bias": bias, "2.weight": last}
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    config = recorded(dopt_api.generate_config(model.eval(), "x:1,4,9,9", tmp_path / "torch.json"))
+    quantized = dopt_api.optimize(model, config)
+    dopt_api.set_calibrate_state(quantized, True)
+    quantized(torch.from_numpy(data))
+    dopt_api.set_calibrate_state(quantized, False)
+    with torch.no_grad():
+        one = quantized(torch.from_numpy(data)).numpy()
+    torch.save(quantized.state_dict(), tmp_path / "quant.pth")
+    (tmp_path / "torch").mkdir()
+    first = read_params(dopt_api.export(model, config, tmp_path / "quant.pth", tmp_path / "torch").params).layers
+
+    def build():
+        x, values = v1.placeholder(tf.float32, [None, 9, 9, 4], name="x"), {}
+        for name, value in weights.items():
+            value = np.ascontiguousarray(value.transpose(2, 3, 1, 0)) if value.ndim > 1 else value  # noqa: PLW2901
+            values[name] = v1.get_variable(f"v{name}", initializer=value, use_resource=True)
+        y = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, values["0.weight"], 1, "VALID"), values["0.bias"]), name="relu")
+        return x, tf.identity(tf.nn.conv2d(y, values["2.weight"], 1, "VALID"), name="y")
+
+    with tf.Graph().as_default(), v1.Session() as sess:
+        build()
+        config = recorded(dopt_api.generate_config(sess, None, tmp_path / "tf.json"))
+    with tf.Graph().as_default(), v1.Session() as sess:
+        x, y = build()
+        dopt_api.optimize(sess, config, is_train_flag=False, quant_flag=1)
+        sess.run(v1.global_variables_initializer())
+        dopt_api.set_calibrate_state(sess, True)
+        sess.run(y, {x: data.transpose(0, 2, 3, 1)})
+        dopt_api.set_calibrate_state(sess, False)
+        other = sess.run(y, {x: data.transpose(0, 2, 3, 1)}).transpose(0, 3, 1, 2)
+        saved = v1.train.Saver().save(sess, str(tmp_path / "quant"))
+    with tf.Graph().as_default(), v1.Session() as sess:
+        build()
+        second = read_params(dopt_api.export(sess, config, saved, tmp_path, output_names=["y"]).params).layers
+    for ours, theirs in zip(first, second, strict=True):
+        assert (ours.output.scale, ours.output.zero_point) == (theirs.output.scale, theirs.output.zero_point)
+    assert first[0].output.zero_point == (0,)
+    assert second[0].output.tensor == "relu:0"
+    steps = (one - other) / first[1].output.scale[0]
+    assert np.abs(steps).max() < 1.01
+    assert np.mean(np.abs(steps) > 0.01) < 0.01

@@ -175,3 +175,20 @@ def test_the_check_of_a_file_alone_takes_every_strategy(file, strategy):
     shown = call("check", file)
     assert shown.exit_code == 0, shown.output
     assert "3 of 3 layers are quantized" in shown.output
+
+
+def test_outputs_are_set_and_shown(file):
+    assert "output" not in call("show", file).output.splitlines()[0]
+    before = file.read_text()
+    result = call("set", file, "--record-output", "--layer", "body*")
+    assert result.output.splitlines()[1].split() == ["body.1/Conv2D", "output", "false", "true"]
+    assert json.loads(file.read_text())["layer_strategy"]["body.1/Conv2D"]["output"] is True
+    rows = [line.split() for line in call("show", file).output.splitlines()]
+    assert (rows[0][-1], rows[2][-1]) == ("output", "true")
+    assert call("check", file).exit_code == 0
+    assert call("set", file, "--no-record-output").output.endswith("1 of 3 matching layers changed.\n")
+    assert json.loads(file.read_text()) == json.loads(before)
+    call("set", file, "--record-output", "--layer", "head*")
+    refused = call("check", file)
+    assert refused.exit_code == 1
+    assert "output of layer 'head/Linear' cannot be recorded" in refused.output

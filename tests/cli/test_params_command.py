@@ -47,6 +47,21 @@ def test_diff_says_which_layers_differ_and_by_how_much(tmp_path):
     assert [row["what"] for row in rows] == ["only in the first", "input"]
 
 
+def test_outputs_are_shown_and_compared_where_there_are_any(tmp_path):
+    one, other = folders(tmp_path)
+    assert "output scale" not in call("show", one).output
+    for folder, scale in ((one, 0.5), (other, 0.75)):
+        file = folder / "quant_params.json"
+        content = json.loads(file.read_text())
+        content["layers"][1]["output"] = {**content["layers"][1]["input"], "scale": [scale], "zero_point": [3]}
+        file.write_text(json.dumps(content))
+    lines = [line.split() for line in call("show", one).output.splitlines()]
+    assert lines[0][-5:] == ["output", "scale", "output", "zero", "point"]
+    assert lines[2][-2:] == ["0.5", "3"]
+    line = call("diff", one, other).output.splitlines()[1]
+    assert line.split() == ["layer1", "output", "0.000%", "0.000%", "50.000%"]
+
+
 def test_a_missing_file_is_a_sentence(tmp_path):
     result = call("show", tmp_path)
     assert result.exit_code == 1

@@ -205,7 +205,8 @@ def test_another_distribution_adds_a_format(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(site)
     network(tmp_path)
-    assert format_names() == (*FORMATS, "names", "number")
+    found = [name for name in format_names() if name != "litert"]  # which the TensorFlow backend may have added
+    assert found == [*FORMATS, "names", "number"]
     (file,) = convert(tmp_path / "quant_params.json", "names", tmp_path)
     assert file.read_text() == "model.onnx layer0 layer1"
     with pytest.raises(ExtensionError, match="'number' is 3"):

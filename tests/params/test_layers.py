@@ -180,6 +180,16 @@ def test_fold_returns_float32(dtype):
     assert fold(FloatLayer(np.ones((1, 2), dtype), None, None, 0))[1] is None
 
 
+def test_an_output_has_a_scale_only_where_the_plan_records_it():
+    source = layer_of([[1.0]])
+    plain = quantize_layer(source, PLAN, F32(0.5), output_scale=F32(0.25), output_zero_point=3)
+    assert plain.output_scale is None
+    recorded = quantize_layer(source, replace(PLAN, output=True), F32(0.5), output_scale=F32(0.25), output_zero_point=3)
+    assert (recorded.output_scale, recorded.output_zero_point) == (F32(0.25), 3)
+    with pytest.raises(NumbersError, match="The output scale nan of layer"):
+        quantize_layer(source, replace(PLAN, output=True), F32(0.5))
+
+
 # ---- errors
 
 

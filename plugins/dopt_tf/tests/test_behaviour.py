@@ -54,7 +54,7 @@ def quantized(float_checkpoint, config_of):
             return self
 
         def scales(self):
-            return {n: self.sess.run([q.input_scale, q.input_zero_point]) for n, q in self.quantizers.items()}
+            return {n: self.sess.run([q.scale, q.zero_point]) for n, q in self.quantizers.items()}
 
     def opened(**options):
         with session(small_net) as (sess, _):
@@ -236,7 +236,7 @@ def one_layer(config_of, x, *, optimizer=None, loss_weight=0.0):
         dopt_api.optimize(sess, config, is_train_flag=is_train, quant_flag=quant)
         (site,) = quantization_of(sess.graph).sites.values()
         kernel = v1.trainable_variables()[0]
-        leaves = [given, kernel, site.quantizer.input_gain, site.quantizer.weight_gain]
+        leaves = [given, kernel, site.quantizer.gain, site.quantizer.weight_gain]
         gradients = tf.gradients(y, leaves, tf.constant(upstream))
         loss = dopt_api.get_quant_loss(sess)
         assert dopt_api.get_quant_loss(sess) is loss
@@ -249,7 +249,7 @@ def one_layer(config_of, x, *, optimizer=None, loss_weight=0.0):
         found = sess.run({"y": y, "gradients": gradients, "loss": loss}, feeds)
         off = sess.run([gradients[2], gradients[3], loss], {**feeds, is_train: False})
         assert sess.run(loss, {**feeds, quant: 0}) == 0
-        values = sess.run([kernel, site.quantizer.input_scale, site.quantizer.input_zero_point])
+        values = sess.run([kernel, site.quantizer.scale, site.quantizer.zero_point])
     return upstream, found, off, values
 
 
@@ -299,7 +299,7 @@ def test_gains_move_only_where_the_flag_says(config_of, train):
         for _ in range(100):
             sess.run(step, feeds)
         assert sess.run(loss, feeds) < 0.5 * first
-        gains = sess.run([site.quantizer.input_gain, site.quantizer.weight_gain])
+        gains = sess.run([site.quantizer.gain, site.quantizer.weight_gain])
         assert (np.abs(gains[0]) > 0) == train
         assert (np.abs(gains[1]).max() > 0) == train
 

@@ -28,7 +28,7 @@ from dopt_api.params import (
 from dopt_api.quantizer import BatchNorm, Statistics, activation_parameters, learned_scale
 from dopt_api.types import ExportResult, LayerPlan, Plan
 from dopt_tf.checkpoint import Checkpoint
-from dopt_tf.find_layers import Layer, Structure, graph_of
+from dopt_tf.find_layers import Layer, Structure, graph_of, output_readers
 from dopt_tf.inference_graph import InferenceGraph, NodeDef, split
 from dopt_tf.quantizer import SCOPE, channelwise
 
@@ -100,6 +100,7 @@ class _Deployed:
     source: FloatLayer
     shape: tuple[int, ...]
     quantized: QuantizedLayer | None
+    output: str
 
     @property
     def weight(self) -> NDArray[np.float32]:
@@ -197,32 +198,45 @@ def _layers(session: Any, structure: Structure, plan: Plan, state: Checkpoint, o
             continue
         source, shape = _float_layer(session, place)
         if layer_plan is None:
-            result.append(_Deployed(place, source, shape, None))
+            result.append(_Deployed(place, source, shape, None, ""))
             continue
-        parameters = _input_parameters(state, layer_plan)
-        if parameters is None:
+        parameters = _parameters(state, layer_plan, "input")
+        output = _parameters(state, layer_plan, "output") if layer_plan.output else (None, 0)
+        if parameters is None or output is None:
             missing.append(name)
             continue
         gain = state.get(f"{SCOPE}/{name}/weight_gain")
-        result.append(_Deployed(place, source, shape, quantize_layer(source, layer_plan, *parameters, gain)))
+        quantized = quantize_layer(source, layer_plan, *parameters, gain, *output)
+        result.append(_Deployed(place, source, shape, quantized, _output_edge(structure, found)))
     if missing:
         raise never_calibrated(missing)
     return result
 
 
-def _input_parameters(state: Checkpoint, plan: LayerPlan) -> tuple[np.float32 | None, int] | None:
-    """Return a layer's input scale and zero point; a pending calibration is concluded. ``None`` without either."""
+def _output_edge(structure: Structure, layer: Layer) -> str:
+    """Return the edge after which a layer's output is quantized, if it is."""
+    readers, rectifier = output_readers(structure.graph, layer)
+    return f"{layer.last if rectifier is None else readers[0][0].name}:0"
+
+
+def _parameters(state: Checkpoint, plan: LayerPlan, role: str) -> tuple[np.float32 | None, int] | None:
+    """Return scale and zero point of an input or output; a pending calibration is concluded. ``None`` without either.
+
+    An output that the checkpoint does not have was not recorded.
+    """
     if plan.strategy.activation is None:
         return None, 0
-    prefix = f"{SCOPE}/{plan.name}"
+    prefix = f"{SCOPE}/{plan.name}" + ("" if role == "input" else "/dopt_output")
+    if role == "output" and f"{prefix}/ready" not in state:
+        return None
     if int(state.get(f"{prefix}/ready")):
-        scale = learned_scale(state.get(f"{prefix}/input_scale"), state.get(f"{prefix}/input_gain"))
-        return np.float32(scale), int(state.get(f"{prefix}/input_zero_point"))
+        scale = learned_scale(state.get(f"{prefix}/{role}_scale"), state.get(f"{prefix}/{role}_gain"))
+        return np.float32(scale), int(state.get(f"{prefix}/{role}_zero_point"))
     parts = {name: state.get(f"{prefix}/statistics/{name}") for name in Statistics().arrays()}
     statistics = Statistics.from_arrays(parts)
     if not int(statistics.samples) + int(statistics.non_finite):
         return None
-    return activation_parameters(statistics, plan.input_grid, layer=plan.name, method=plan.range_method)
+    return activation_parameters(statistics, plan.input_grid, layer=plan.name, method=plan.range_method, role=role)
 
 
 def _float_layer(session: Any, layer: Layer) -> tuple[FloatLayer, tuple[int, ...]]:
@@ -270,6 +284,7 @@ def _settle(inference: InferenceGraph, layer: _Deployed) -> LayerParams | None:
         weight_tensor=f"{weight}:0",
         weight_axis=layout.weight_axis,
         bias_tensor=None if bias is None else f"{bias}:0",
+        outputs=[layer.output],
     )
 
 

@@ -14,7 +14,7 @@ from dopt_api.types import LayerInfo, ModelLayers
 from dopt_tf.inference_graph import NORMS, InferenceGraph, NodeDef, in_gradients, source_of, split
 from dopt_tf.layer_kinds import KINDS, Layout, channelwise_shape, layout_of
 
-__all__ = ["Layer", "Norm", "Structure", "find_layers", "graph_of", "quantization_of"]
+__all__ = ["Layer", "Norm", "Structure", "find_layers", "graph_of", "output_readers", "quantization_of"]
 
 _FROM_VARIABLE = (
     *("Identity", "ReadVariableOp", "Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "ConcatV2", "Concat"),
@@ -140,6 +140,17 @@ def graph_of(sess: Any) -> tf.Graph:
 def quantization_of(graph: tf.Graph) -> Any:
     """Return what :func:`dopt_tf.optimize.optimize` keeps of a graph, or ``None`` for a float graph."""
     return getattr(graph, "dopt_quantization", None)
+
+
+def output_readers(inference: InferenceGraph, layer: Layer) -> tuple[list[tuple[NodeDef, int]], str | None]:
+    """Return what reads a layer's output, with the index of the input, and the rectifier if that alone does."""
+    name, users = layer.last, inference.users(layer.last)
+    while len(users) == 1 and users[0][0].op in ("Identity", "EnsureShape") and inference.users(users[0][0].name):
+        name = users[0][0].name
+        users = inference.users(name)
+    readers = [(node, index) for node, index in users if split(node.input[index]) == (name, 0)]
+    alone = readers[0][0].op if len(readers) == 1 else None
+    return readers, alone if alone in ("Relu", "Relu6") else None
 
 
 def _list(graph: tf.Graph) -> ModelLayers:

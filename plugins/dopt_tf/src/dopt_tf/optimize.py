@@ -10,13 +10,15 @@ import numpy as np
 import tensorflow as tf
 
 from dopt_api.errors import CalibrationError, ModelError, most_of
-from dopt_api.types import Plan
-from dopt_tf.find_layers import Layer, Norm, Structure, graph_of, quantization_of
+from dopt_api.types import LayerPlan, Plan
+from dopt_tf.find_layers import Layer, Norm, Structure, graph_of, output_readers, quantization_of
 from dopt_tf.inference_graph import in_gradients, is_training_node, source_of
 from dopt_tf.quantizer import (
     SCOPE,
+    ActivationQuantizer,
     LayerQuantizer,
     Mode,
+    OutputQuantizer,
     Preparation,
     channelwise,
     classic_cond,
@@ -38,6 +40,12 @@ class _Site:
     given: tf.Tensor
     weight: tf.Tensor
     factor: Callable[[], tf.Tensor | None]
+    output: OutputQuantizer | None = None
+
+    @property
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """Those of the input and, where it is recorded, of the output."""
+        return [self.quantizer, *([] if self.output is None else [self.output])]
 
 
 @dataclass(eq=False)
@@ -63,7 +71,7 @@ class Quantization:
     @property
     def variables(self) -> list[tf.Variable]:
         """The variables of all quantizers, and the one that says whether calibration is on."""
-        return [self.calibrating, *(v for site in self.sites.values() for v in site.quantizer.variables)]
+        return [self.calibrating, *(v for site in self.sites.values() for q in site.quantizers for v in q.variables)]
 
 
 def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
@@ -102,7 +110,10 @@ def optimize(sess: Any, plan: Plan, is_train_flag: Any, quant_flag: Any) -> Any:
             weight = op.inputs[layer.layout.weight]
             channels = channelwise(weight, layer.layout).shape[layer.layout.weight_axis]
             quantizer = LayerQuantizer(layer_plan, layer.layout, int(channels))
-            quantization.sites[name] = _rewrite(graph, op, layer, quantizer, quantization.mode, preparation, structure)
+            site = _rewrite(graph, op, layer, quantizer, quantization.mode, preparation, structure)
+            quantization.sites[name] = site
+            if layer_plan.output:
+                site.output = _rewrite_output(graph, op, layer, layer_plan, quantization.mode, preparation, structure)
         known_ones = [tf.raw_ops.VarIsInitializedOp(resource=variable.handle) for variable in quantization.variables]
         quantization.initialized = tf.stack(known_ones)
     graph.dopt_quantization = quantization
@@ -151,7 +162,7 @@ def set_calibrate_state(sess: Any, calibration_mode: bool) -> None:
     known = raw.run(quantization.mode.calibrating)
     if calibration_mode == bool(known):
         return
-    quantizers = [site.quantizer for site in quantization.sites.values()]
+    quantizers = [quantizer for site in quantization.sites.values() for quantizer in site.quantizers]
     if calibration_mode:
         forgotten = [pair for quantizer in quantizers for pair in quantizer.start_calibration()]
         restore_values(raw, [*forgotten, (quantization.calibrating, True)])
@@ -218,7 +229,7 @@ def _rewrite(
             return _factor(graph, layer.norm, structure)
 
         active = quantizer.prepare(given, mode, preparation)
-        x = given if quantizer.weight_only else replaced(given, active, lambda x: quantizer.quantize_input(x, mode))
+        x = given if quantizer.weight_only else replaced(given, active, lambda x: quantizer.quantize(x, mode))
         w = replaced(weight, active, lambda weight: quantizer.quantize_weight(weight, factor(), mode))
     x.set_shape(given.shape)
     w.set_shape(weight.shape)
@@ -226,6 +237,53 @@ def _rewrite(
         op._update_input(layer.layout.input, x)
     op._update_input(layer.layout.weight, w)
     return _Site(quantizer, active, given, weight, factor)
+
+
+def _rewrite_output(
+    graph: tf.Graph,
+    op: tf.Operation,
+    layer: Layer,
+    plan: LayerPlan,
+    mode: Mode,
+    preparation: Preparation,
+    structure: Structure,
+) -> OutputQuantizer:
+    """Let all that reads the output of a layer, behind its bias and normalization, read a quantized one.
+
+    Raises:
+        ModelError: Nothing reads it, or only what stands inside a branch or a function.
+    """
+    readers, rectifier = output_readers(structure.graph, layer)
+    tensors = [tensor for node, index in readers if (tensor := _input_of(graph, node.name, index)) is not None]
+    if not tensors:
+        raise ModelError(
+            f"The output of layer {plan.name!r} cannot be recorded: nothing in the graph reads it",
+            where=f"operation {layer.last!r}",
+            expected="an operation that takes the output, outside of branches and functions",
+            fix="Let the graph end in tf.identity(output, name='...') and run that, or remove 'output' from the file.",
+        )
+    given = tensors[0]
+    if given.shape.rank is None:
+        given.set_shape([None] * len(op.inputs[layer.layout.weight].shape))
+    consumers = given.consumers()
+    with graph.name_scope(f"{SCOPE}/{op.name}/dopt_output/"), graph.device(op.device):
+        quantizer = OutputQuantizer(plan, layer.layout, rectifier)
+        active = quantizer.prepare(given, mode, preparation)
+        made = replaced(given, active, lambda y: quantizer.quantize(y, mode))
+    made.set_shape(given.shape)
+    for consumer in consumers:
+        for index, tensor in enumerate(consumer.inputs):
+            if tensor is given:
+                consumer._update_input(index, made)
+    return quantizer
+
+
+def _input_of(graph: tf.Graph, name: str, index: int) -> tf.Tensor | None:
+    """Return what an operation takes, or ``None`` if there is none of that name: it stands inside a function."""
+    try:
+        return graph.get_operation_by_name(name).inputs[index]
+    except KeyError:
+        return None
 
 
 def _error_of(site: _Site, mode: Mode) -> Any:

@@ -30,8 +30,10 @@ def dopt_describe_backend() -> BackendInfo:
             "tensorflow.python.client.session.BaseSession",
             "tensorflow.python.training.monitored_session._MonitoredSession",
         ),
-        hook_api_version="1.1",
-        capabilities=Capabilities(retraining=True, quant_loss=True, session_graph=True, weight_only=True),
+        hook_api_version="1.2",
+        capabilities=Capabilities(
+            retraining=True, quant_loss=True, session_graph=True, weight_only=True, recorded_outputs=True
+        ),
     )
 
 

@@ -17,7 +17,17 @@ from dopt_tf.fake_quantize import learned_fake_quantize, learned_scale, weight_s
 from dopt_tf.layer_kinds import Layout, channelwise_shape, on_weight, samples_first
 from dopt_tf.statistics import DeviceStatistics, arrangement, merge, probe, rectified
 
-__all__ = ["SCOPE", "LayerQuantizer", "Mode", "Preparation", "classic_cond", "replaced", "restore_values"]
+__all__ = [
+    "SCOPE",
+    "ActivationQuantizer",
+    "LayerQuantizer",
+    "Mode",
+    "OutputQuantizer",
+    "Preparation",
+    "classic_cond",
+    "replaced",
+    "restore_values",
+]
 
 SCOPE = "dopt_quantizer"
 """The name scope of every variable of a quantizer."""
@@ -40,47 +50,51 @@ class Mode:
     training: tf.Tensor
 
 
-class LayerQuantizer:
-    """What a quantized layer knows besides its weight and bias; everything is a variable under :data:`SCOPE`.
+class ActivationQuantizer:
+    """The state of one activation of a quantized layer; everything is a variable under :data:`SCOPE`.
 
     Attributes:
+        role: ``input`` or ``output``.
         plan: The layer's strategy and range method.
         layout: How the layer is laid out.
-        input_scale: Float32 ``[]``, as calibrated.
-        input_zero_point: Int32 ``[]``.
-        ready: uint8 ``[]``, 1 when ``input_scale`` and ``input_zero_point`` are decided.
-        input_gain: Float32 ``[]``, learned; see :func:`dopt_api.quantizer.learned_scale`.
-        weight_gain: Float32 ``[C]``, likewise, on the scales that the weight's extremes give.
+        scale: Float32 ``[]``, as calibrated.
+        zero_point: Int32 ``[]``.
+        ready: uint8 ``[]``, 1 when ``scale`` and ``zero_point`` are decided.
+        gain: Float32 ``[]``, learned; see :func:`dopt_api.quantizer.learned_scale`.
         statistics: What calibration has seen.
     """
 
-    def __init__(self, plan: LayerPlan, layout: Layout, channels: int) -> None:
+    role = "input"
+
+    def __init__(self, plan: LayerPlan, layout: Layout) -> None:
+        """Make the variables, in the name scope that is open."""
         self.plan, self.layout = plan, layout
-        with tf.name_scope(f"{SCOPE}/{plan.name}/"):
-            self.input_scale = _variable("input_scale", np.float32(1.0))
-            self.input_zero_point = _variable("input_zero_point", np.int32(0))
-            self.ready = _variable("ready", np.uint8(0))
-            self.input_gain = _variable("input_gain", np.float32(0.0), trainable=True)
-            self.weight_gain = _variable("weight_gain", np.zeros(channels, np.float32), trainable=True)
-            self.statistics = DeviceStatistics()
+        self.scale = _variable(f"{self.role}_scale", np.float32(1.0))
+        self.zero_point = _variable(f"{self.role}_zero_point", np.int32(0))
+        self.ready = _variable("ready", np.uint8(0))
+        self.gain = _variable(f"{self.role}_gain", np.float32(0.0), trainable=True)
         self._warned = False
 
     @property
-    def weight_only(self) -> bool:
-        """Whether the strategy leaves the input float; then there is nothing to calibrate."""
-        return self.plan.strategy.activation is None
+    def channel_axis(self) -> int:
+        """The axis of a batch with the channels, samples first."""
+        return self.layout.input_axis
+
+    def batch(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the tensor whose range is looked for, samples first."""
+        return samples_first(x, self.layout)
 
     @property
     def decided(self) -> list[tf.Variable]:
         """The variables that are set when the scale is decided."""
-        return [self.input_scale, self.input_zero_point, self.ready, self.input_gain]
+        return [self.scale, self.zero_point, self.ready, self.gain]
 
     @property
     def variables(self) -> list[tf.Variable]:
         """Every variable of the quantizer."""
-        return [*self.decided, self.weight_gain, *self.statistics.parts.values()]
+        return [*self.decided, *self.statistics.parts.values()]
 
-    # ---- deciding the scales
+    # ---- deciding the scale
 
     def start_calibration(self) -> list[tuple[tf.Variable, Any]]:
         """Return what is to be restored so that earlier statistics are forgotten."""
@@ -92,24 +106,20 @@ class LayerQuantizer:
         Raises:
             CalibrationError: There were no data, or NaN or infinity among them.
         """
-        if self.weight_only:
-            return []
         scale, zero_point = self._decide(statistics)
-        decided = [(self.input_scale, scale), (self.input_zero_point, zero_point)]
-        return [*decided, (self.ready, 1), (self.input_gain, None)]
+        decided = [(self.scale, scale), (self.zero_point, zero_point)]
+        return [*decided, (self.ready, 1), (self.gain, None)]
 
     def prepare(self, x: tf.Tensor, mode: Mode, preparation: Preparation) -> tf.Tensor:
         """Return whether this step quantizes the layer, after seeing to it that the scale is decided.
 
-        A calibration step takes the input into the statistics and stays float. A scale that is not decided is decided
-        by a pending calibration (as from a checkpoint) or, in training, by this very batch.
+        A calibration step takes the activation into the statistics and stays float. A scale that is not decided is
+        decided by a pending calibration (as from a checkpoint) or, in training, by this very batch.
         """
-        if self.weight_only:
-            return mode.quantizing & ~mode.calibrating
         ready = self.ready.read_value() > 0
         due = mode.quantizing & (mode.calibrating | ~ready)
-        data = samples_first(tf.stop_gradient(x), self.layout)
-        decided = preparation.run(self, due, data, rectified(x), mode)
+        data = self.batch(tf.stop_gradient(x))
+        decided = preparation.run(self, due, data, rectified(x) or rectified(data), mode)
         return mode.quantizing & ~mode.calibrating & (ready | decided)
 
     def decide_or_warn(self, values: Mapping[str, NDArray[np.generic]]) -> tuple[np.float32, np.int32, np.uint8]:
@@ -120,8 +130,9 @@ class LayerQuantizer:
         if not self._warned:
             self._warned = True
             _log.warning(
-                "Layer %r has no input range yet and runs in float: calibrate it (set_calibrate_state) or train it.",
+                "Layer %r has no %s range yet and runs in float: calibrate it (set_calibrate_state) or train it.",
                 self.plan.name,
+                self.role,
             )
         return np.float32(1.0), np.int32(0), np.uint8(0)
 
@@ -131,14 +142,67 @@ class LayerQuantizer:
             self.plan.input_grid,
             layer=self.plan.name,
             method=self.plan.range_method,
+            role=self.role,
         )
 
     # ---- quantizing
 
-    def quantize_input(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
-        """Return the fake-quantized input, of the dtype of ``x``."""
-        scale = self.learned_input_scale(mode)
+    def quantize(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
+        """Return the fake-quantized activation, of the dtype of ``x``."""
+        scale = self.learned_activation_scale(mode)
         return tf.cast(learned_fake_quantize(tf.cast(x, tf.float32), scale, *self._bounds()), x.dtype)
+
+    def learned_activation_scale(self, mode: Mode) -> tf.Tensor:
+        """Return the scale in use, ``[]``, differentiable in the gain in training."""
+        return learned_scale(self.scale.read_value(), _following(self.gain, mode))
+
+    def _bounds(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the ends of the grid, less its zero point, float32."""
+        grid = self.plan.input_grid
+        zero_point = self.zero_point.read_value()
+        return tf.cast(grid.qmin - zero_point, tf.float32), tf.cast(grid.qmax - zero_point, tf.float32)
+
+
+class LayerQuantizer(ActivationQuantizer):
+    """What a quantized layer knows besides its weight and bias: all about its input, and the gains of its weight.
+
+    Attributes:
+        weight_gain: Float32 ``[C]``, like ``gain``, on the scales that the weight's extremes give.
+    """
+
+    def __init__(self, plan: LayerPlan, layout: Layout, channels: int) -> None:
+        with tf.name_scope(f"{SCOPE}/{plan.name}/"):
+            super().__init__(plan, layout)
+            self.weight_gain = _variable("weight_gain", np.zeros(channels, np.float32), trainable=True)
+            self.statistics = DeviceStatistics()
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the strategy leaves the input float; then there is nothing to calibrate."""
+        return self.plan.strategy.activation is None
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Every variable of the quantizer."""
+        return [*self.decided, self.weight_gain, *self.statistics.parts.values()]
+
+    # ---- deciding the scales
+
+    def conclude(self, statistics: Mapping[str, NDArray[np.generic]]) -> list[tuple[tf.Variable, Any]]:
+        """Let the core turn statistics into scale and zero point, unless the input stays float.
+
+        Raises:
+            CalibrationError: There were no data, or NaN or infinity among them.
+        """
+        return [] if self.weight_only else super().conclude(statistics)
+
+    def prepare(self, x: tf.Tensor, mode: Mode, preparation: Preparation) -> tf.Tensor:
+        """Return whether this step quantizes the layer, after seeing to it that the scale is decided."""
+        if self.weight_only:
+            return mode.quantizing & ~mode.calibrating
+        return super().prepare(x, mode, preparation)
+
+    # ---- quantizing
 
     def quantize_weight(self, weight: tf.Tensor, factor: tf.Tensor | None, mode: Mode) -> tf.Tensor:
         """Return the fake-quantized weight, of its own dtype and shape.
@@ -162,15 +226,11 @@ class LayerQuantizer:
 
         def input_error() -> tf.Tensor:
             probed = probe(samples_first(tf.cast(x, tf.float32), self.layout), self.layout.input_axis)
-            return _relative_error(probed, self.learned_input_scale(mode), *self._bounds())
+            return _relative_error(probed, self.learned_activation_scale(mode), *self._bounds())
 
         if self.weight_only:
             return weight_error
         return weight_error + classic_cond(mode.training, input_error, lambda: tf.constant(0.0))
-
-    def learned_input_scale(self, mode: Mode) -> tf.Tensor:
-        """Return the scale in use, ``[]``, differentiable in the gain in training."""
-        return learned_scale(self.input_scale.read_value(), _following(self.input_gain, mode))
 
     def _folded(
         self, weight: tf.Tensor, factor: tf.Tensor | None, mode: Mode
@@ -190,11 +250,41 @@ class LayerQuantizer:
         folding = on_weight(factor, data.shape.rank, self.layout)
         return data * folding, folding, step
 
-    def _bounds(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the ends of the input's grid, less its zero point, float32."""
-        grid = self.plan.input_grid
-        zero_point = self.input_zero_point.read_value()
-        return tf.cast(grid.qmin - zero_point, tf.float32), tf.cast(grid.qmax - zero_point, tf.float32)
+
+class OutputQuantizer(ActivationQuantizer):
+    """The state of a layer's output, where it is recorded.
+
+    Attributes:
+        rectifier: ``Relu`` or ``Relu6``, if it alone reads the output, or ``None``: then what is recorded and quantized
+            is what the rectifier makes of it, which the rectifier itself leaves as it is.
+    """
+
+    role = "output"
+
+    def __init__(self, plan: LayerPlan, layout: Layout, rectifier: str | None) -> None:
+        with tf.name_scope(f"{SCOPE}/{plan.name}/dopt_output/"):
+            super().__init__(plan, layout)
+            self.statistics = DeviceStatistics()
+        self.rectifier = rectifier
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of a batch with the channels, samples first."""
+        return self.layout.output_axis or 1
+
+    def seen_as(self, y: tf.Tensor) -> tf.Tensor:
+        """Return what the rectifier makes of the output."""
+        made = {None: tf.identity, "Relu": tf.nn.relu, "Relu6": tf.nn.relu6}
+        return made[self.rectifier](y)
+
+    def batch(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the tensor whose range is looked for, samples first."""
+        seen = self.seen_as(x)
+        return seen if self.layout.output_axis else tf.transpose(seen)
+
+    def quantize(self, x: tf.Tensor, mode: Mode) -> tf.Tensor:
+        """Return the fake-quantized output, of the dtype of ``x``."""
+        return super().quantize(self.seen_as(x), mode)
 
 
 class Preparation:
@@ -205,7 +295,7 @@ class Preparation:
 
     def __init__(self) -> None:
         """Start without layers."""
-        self._quantizers: list[LayerQuantizer] = []
+        self._quantizers: list[ActivationQuantizer] = []
         self._empty = {name: np.asarray(part) for name, part in Statistics().arrays().items()}
         self._branches: dict[tf.DType, list[Any]] = {}
 
@@ -219,12 +309,14 @@ class Preparation:
             for function in (self._observe_or_decide, self._stay_undecided)
         ]
 
-    def run(self, quantizer: LayerQuantizer, due: tf.Tensor, x: tf.Tensor, not_negative: bool, mode: Mode) -> tf.Tensor:
+    def run(
+        self, quantizer: ActivationQuantizer, due: tf.Tensor, x: tf.Tensor, not_negative: bool, mode: Mode
+    ) -> tf.Tensor:
         """Return whether the scale is decided after a step; false where nothing is ``due``. Gradients do not pass."""
         index = len(self._quantizers)
         self._quantizers.append(quantizer)
         handles = [variable.handle for variable in (*quantizer.statistics.parts.values(), *quantizer.decided)]
-        arranged = arrangement(x, quantizer.layout.input_axis)
+        arranged = arrangement(x, quantizer.channel_axis)
         if x.dtype not in self._branches:
             self._branches[x.dtype] = self._functions(x.dtype)
         taken, not_taken = self._branches[x.dtype]

@@ -76,6 +76,9 @@ def equalize(model: nn.Module) -> list[tuple[str, str]]:
         layer.dopt_quantizer.forget()
         layer.dopt_quantizer.input_gain.zero_()
         layer.dopt_quantizer.weight_gain.zero_()
+        if layer.dopt_output is not None:
+            layer.dopt_output.forget()
+            layer.dopt_output.gain.zero_()
     return [
         (first.dopt_quantizer.plan.name, second.dopt_quantizer.plan.name)
         for first, second in pairs

@@ -22,6 +22,7 @@ from dopt_api.files import staged
 from dopt_api.params import FloatLayer, QuantizedLayer, QuantParams, fold, layer_params, quantize_layer, render_params
 from dopt_api.quantizer import BatchNorm, learned_scale
 from dopt_api.types import ExportResult, Plan
+from dopt_torch.activation import ActivationQuantizer
 from dopt_torch.checkpoint import load_checkpoint, load_into
 from dopt_torch.find_layers import Structure, evaluating, example_inputs, tensors_of
 from dopt_torch.layer_kinds import kind_of
@@ -74,7 +75,16 @@ def export(
         params = []
         for index, layer in enumerate(layers):
             smoothed = layer.module._parameters["dopt_smoothing"] is not None
-            place = graph.settle(index, layer.path, layer.weight, layer.bias, layer.source.axis, smoothed=smoothed)
+            place = graph.settle(
+                index,
+                layer.path,
+                layer.weight,
+                layer.bias,
+                layer.source.axis,
+                smoothed=smoothed,
+                recorded=layer.recorded,
+                rectified=layer.path in plan.model_layers.structure.rectifiers,
+            )
             if layer.quantized is None:
                 continue
             if place is None:
@@ -98,6 +108,10 @@ class _Layer:
     module: nn.Module
     source: FloatLayer
     quantized: QuantizedLayer | None
+
+    @property
+    def recorded(self) -> bool:
+        return self.quantized is not None and self.quantized.plan.output
 
     @property
     def weight(self) -> NDArray[np.float32]:
@@ -140,7 +154,8 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
         path = structure.paths[name]
         module = model.get_submodule(path)
         quantizer: Any = module.dopt_quantizer
-        if not quantizer.is_ready():
+        output: Any = module.dopt_output
+        if not quantizer.is_ready() or not (output is None or output.is_ready()):
             missing.append(name)
             continue
         source = _float_layer(module, norm_of(module))
@@ -148,11 +163,11 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
         quantized = quantize_layer(
             source,
             layer_plan,
-            None
-            if quantizer.weight_only
-            else np.float32(learned_scale(quantizer.input_scale.numpy(), quantizer.input_gain.detach().numpy())),
+            None if quantizer.weight_only else _scale_of(quantizer),
             int(quantizer.input_zero_point),
             quantizer.weight_gain.detach().numpy(),
+            None if output is None else _scale_of(output),
+            0 if output is None else int(output.zero_point),
         )
         result.append(_Layer(path, module, source, quantized))
     if missing:
@@ -163,6 +178,10 @@ def _layers(model: nn.Module, plan: Plan) -> list[_Layer]:
             module = model.get_submodule(path)
             result.append(_Layer(path, module, _float_layer(module, model.get_submodule(norm_path)), None))
     return result
+
+
+def _scale_of(quantizer: ActivationQuantizer) -> np.float32:
+    return np.float32(learned_scale(quantizer.scale.numpy(), quantizer.gain.detach().numpy()))
 
 
 def _float_layer(module: Any, norm: Any) -> FloatLayer:

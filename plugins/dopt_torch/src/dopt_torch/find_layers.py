@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -36,12 +37,17 @@ class Structure:
         outputs: How many tensors the model returns, or ``None`` if it could not be run.
         pairs: Module paths of two layers, the second of which alone takes the output of the first, through nothing but
             its folded batch normalization and operations that commute with a positive factor on a channel.
+        rectifiers: The ends of the rectifier that alone reads a layer's output, behind its folded batch normalization,
+            by the layer's module path; only of layers that are called once.
+        computes_more: Module paths of layers that return something else than what their own function made.
     """
 
     paths: dict[str, str]
     norms: dict[str, str]
     outputs: int | None
     pairs: tuple[tuple[str, str], ...] = ()
+    rectifiers: dict[str, tuple[float, float]] = field(default_factory=dict)
+    computes_more: frozenset[str] = frozenset()
 
 
 def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
@@ -197,6 +203,14 @@ _HOMOGENEOUS = frozenset(
 )
 """Functions of evaluation mode whose channels are multiplied by what the channels of their input are multiplied by."""
 
+_RECTIFIERS = {
+    **dict.fromkeys(("relu", "relu_", "relu6"), ()),
+    **dict.fromkeys(("hardtanh", "hardtanh_"), ("min_val", "max_val")),
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), ("min", "max")),
+    **dict.fromkeys(("clamp_min", "clamp_min_"), ("min",)),
+}
+"""Functions that can be rectifiers, and what they call their ends."""
+
 _ASKS = frozenset(
     (
         *("__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__"),
@@ -232,6 +246,8 @@ class _Record:
     padded_from: dict[int, Tensor] = field(default_factory=dict)
     scaled_from: dict[int, Tensor] = field(default_factory=dict)
     passed_in_place: Counter[int] = field(default_factory=Counter)
+    rectified: dict[int, tuple[tuple[float, float], bool]] = field(default_factory=dict)
+    computes_more: set[nn.Module] = field(default_factory=set)
     normalized_by: dict[int, nn.Module] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)
     lent_bias: set[nn.Module] = field(default_factory=set)
@@ -285,9 +301,11 @@ class _Record:
             self.stack_inputs.append(next(tensors_of(args), None))
             return args
 
-        def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def leave(module: nn.Module, _args: Any, output: Any) -> Any:
             self.stack.pop()
             self.stack_inputs.pop()
+            if module in self.calls and self.calls[module][-1].made is not output:
+                self.computes_more.add(module)
             return watched(output)
 
         hooks = []
@@ -319,6 +337,9 @@ class _Record:
         given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
         if isinstance(given, Tensor) and isinstance(result, Tensor):
             self.see_between(name, module, given, result, padded=name in _PADS and _pads_zero(args, kwargs))
+            ends = _rectifies(name, args, kwargs)
+            if ends is not None and self.uses[id(given)] == 1:
+                self.rectified[id(given)] = ends, result is given
         if name not in _REASONS:
             return
         kind = kind_of(module)
@@ -408,8 +429,29 @@ class _Record:
             layers=tuple(layers),
             not_quantizable=(*refused, *self.functions, *scripted),
             notes=self.notes(norms),
-            structure=Structure(paths, norms, self.outputs, tuple(self.find_pairs(norms))),
+            structure=Structure(
+                paths,
+                norms,
+                self.outputs,
+                tuple(self.find_pairs(norms)),
+                self.find_rectifiers(norms),
+                frozenset(self.paths[module] for module in self.computes_more),
+            ),
         )
+
+    def find_rectifiers(self, norms: dict[str, str]) -> dict[str, tuple[float, float]]:
+        """Find the rectifiers that alone read a layer's output; see :class:`Structure`."""
+        normalized = {self.paths[norm]: made for made, norm in self.normalized_by.items()}
+        found = {}
+        for module, calls in self.calls.items():
+            path = self.paths[module]
+            made = normalized.get(norms[path]) if path in norms else id(calls[0].made)
+            if len(calls) > 1 or made not in self.rectified:
+                continue
+            ends, in_place = self.rectified[made]
+            if in_place or self.uses[made] == 1:
+                found[path] = ends
+        return found
 
     def find_pairs(self, norms: dict[str, str]) -> Iterator[tuple[str, str]]:
         """Find the layers of which each alone feeds another; see :class:`Structure`."""
@@ -492,6 +534,20 @@ def _info(path: str, module: nn.Module, kind: LayerKind, reason: str = "") -> La
     weight: Any = module._parameters.get("weight")
     row = int(weight.shape[1]) if kind.function == "linear" and weight is not None else 0
     return LayerInfo(name, kind.op_type, weight_only=True, row=row)
+
+
+def _rectifies(name: str, args: Any, kwargs: Any) -> tuple[float, float] | None:
+    """Return the ends of a rectifier, from 0 upwards, or ``None`` if a call is none."""
+    if name not in _RECTIFIERS:
+        return None
+    known = ("input", *_RECTIFIERS[name])
+    given = {**dict(zip(known, args, strict=False)), **kwargs}
+    low, high = (0.0, 6.0) if name == "relu6" else (0.0, inf)
+    if len(known) > 1:
+        low, high = given.get(known[1]), given.get(known[-1]) if len(known) > 2 else None
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or low is None or low != 0:
+        return None
+    return 0.0, inf if high is None else float(high)
 
 
 def _pads_zero(args: Any, kwargs: Any) -> bool:

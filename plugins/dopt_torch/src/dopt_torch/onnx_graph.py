@@ -25,17 +25,23 @@ MARK = "LeakyRelu"
 
 _COMPUTES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+_RECTIFIERS = ("Relu", "Clip")
+
 Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is in the graph: its calls as (node, input edge), and the names and axis of its tensors."""
+    """Where a layer is in the graph: its calls as (node, input edge), and the names and axis of its tensors.
+
+    ``outputs`` has the edge of each call's output, where that is recorded.
+    """
 
     calls: tuple[tuple[str, str], ...]
     weight_tensor: str
     weight_axis: int
     bias_tensor: str | None
+    outputs: tuple[str, ...] = ()
 
 
 def mark_value(index: int) -> float:
@@ -68,7 +74,16 @@ class GraphEditor:
                 self.marks[node.attribute[0].f].append(i)
 
     def settle(
-        self, index: int, path: str, weight: Float32, bias: Float32 | None, axis: int, *, smoothed: bool = False
+        self,
+        index: int,
+        path: str,
+        weight: Float32,
+        bias: Float32 | None,
+        axis: int,
+        *,
+        smoothed: bool = False,
+        recorded: bool = False,
+        rectified: bool = False,
     ) -> Place | None:
         """Resolve the marks of one layer and name what belongs to it.
 
@@ -79,6 +94,8 @@ class GraphEditor:
             bias: Its bias, or ``None``.
             axis: The output channels' axis of ``weight``.
             smoothed: Whether its input is multiplied by smoothing factors.
+            recorded: Whether its output is quantized.
+            rectified: Whether what is quantized is what the rectifier behind it makes.
 
         Returns:
             Where the layer is; ``None`` if the graph does without it, since no output depends on it.
@@ -108,6 +125,7 @@ class GraphEditor:
             weight_tensor=names[0],
             weight_axis=1 - axis if found[0][1] else axis,
             bias_tensor=bias_tensor,
+            outputs=tuple(self._name_output(at, path, bias is not None, rectified) for at, _ in found if recorded),
         )
 
     def finish(self) -> ModelProto:
@@ -217,6 +235,28 @@ class GraphEditor:
         self._rename(old, new)
         self.fixed.add(new)
         return new
+
+    def _name_output(self, position: int, path: str, biased: bool, rectified: bool) -> str:
+        """Name the edge after which a layer's output is quantized: behind its bias, and behind its rectifier."""
+        edge = str(self.nodes[position].output[0])
+        after = self._only_reader(edge)
+        if biased and self.nodes[position].op_type == "MatMul" and after is not None and after.op_type == "Add":
+            edge = str(after.output[0])
+            after = self._only_reader(edge)
+        if rectified and after is not None and after.op_type in _RECTIFIERS:
+            edge = str(after.output[0])
+        if edge in self.fixed:
+            return edge
+        new = _unused(_scoped(path, "output"), {*self.fixed, *self.makers, *self.constants} - {edge})
+        self._rename(edge, new)
+        self.fixed.add(new)
+        return new
+
+    def _only_reader(self, edge: str) -> NodeProto | None:
+        """Return the node that alone reads an edge, or ``None``."""
+        outputs = {value.name for value in self.model.graph.output}
+        users = self.users[edge]
+        return self.nodes[users[0]] if len(users) == 1 and edge not in outputs else None
 
     def _rename(self, old: str, new: str) -> None:
         """Give an edge or an initializer another name."""

@@ -11,7 +11,7 @@ from dopt_api.errors import CalibrationError, ModelError, most_of
 from dopt_api.types import Plan
 from dopt_torch.find_layers import Structure, refuse_wrapped
 from dopt_torch.layer_kinds import kind_of
-from dopt_torch.quantized_layer import norm_factor, quantize_in_place, quantized_layers
+from dopt_torch.quantized_layer import activations, norm_factor, quantize_in_place, quantized_layers
 from dopt_torch.statistics import merge_over_ranks
 
 __all__ = ["get_quant_loss", "optimize", "root_of", "set_calibrate_state"]
@@ -48,7 +48,15 @@ def _quantized_copy(model: nn.Module, plan: Plan) -> nn.Module:
         kind = kind_of(layer)
         if kind is None:
             raise ModelError(f"Layer {name!r} changed its class while the model was copied", where=path)
-        quantize_in_place(layer, layer_plan, kind, _place(quantized, structure.norms.get(path)))
+        if layer_plan.output and path in structure.computes_more:
+            raise ModelError(
+                f"The output of layer {name!r} cannot be recorded: its forward does more after its own function",
+                where=path,
+                expected="a layer that returns what it computes",
+                fix="Remove 'output' from this layer in the strategy file.",
+            )
+        norm = _place(quantized, structure.norms.get(path))
+        quantize_in_place(layer, layer_plan, kind, norm, structure.rectifiers.get(path))
     _avoid_fused_inference(quantized)
     quantized.__dict__["dopt_plan"] = plan
     return quantized
@@ -71,7 +79,7 @@ def set_calibrate_state(model: nn.Module, calibration_mode: bool) -> None:
     root = root_of(model)
     if calibration_mode == ("dopt_hooks" in root.__dict__):
         return
-    quantizers = [layer.dopt_quantizer for layer in quantized_layers(root)]
+    quantizers = activations(root)
     if calibration_mode:
         hooks = (root.register_forward_pre_hook(_enter_evaluation), root.register_forward_hook(_leave_evaluation))
         root.__dict__["dopt_hooks"] = hooks

@@ -29,9 +29,14 @@ def dopt_describe_backend() -> BackendInfo:
         framework_version=version,
         version=__version__,
         model_types=("torch.nn.modules.module.Module",),
-        hook_api_version="1.1",
+        hook_api_version="1.2",
         capabilities=Capabilities(
-            retraining=True, quant_loss=True, distributed_calibration=True, dynamic_batch=True, weight_only=True
+            retraining=True,
+            quant_loss=True,
+            distributed_calibration=True,
+            dynamic_batch=True,
+            weight_only=True,
+            recorded_outputs=True,
         ),
     )
 

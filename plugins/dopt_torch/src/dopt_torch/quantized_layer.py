@@ -19,11 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dopt_api.errors import CalibrationError
 from dopt_api.types import LayerPlan
+from dopt_torch.activation import ActivationQuantizer, OutputQuantizer
 from dopt_torch.layer_kinds import LayerKind
 from dopt_torch.quantizer import LayerQuantizer
 
 __all__ = [
     "QuantizedLayer",
+    "activations",
     "norm_factor",
     "norm_of",
     "original_class",
@@ -41,9 +43,12 @@ class QuantizedLayer(nn.Module):
         dopt_quantizer: The layer's quantizer, a submodule.
         dopt_norm: Parent module and name of the batch normalization that is folded in, or ``None``. It is looked up
             at each call, since other tools replace it (``SyncBatchNorm.convert_sync_batchnorm``).
+        dopt_output: The quantizer of the layer's output, a submodule, or ``None`` where it is not recorded. The output
+            is what comes behind the batch normalization.
     """
 
     dopt_quantizer: LayerQuantizer
+    dopt_output: OutputQuantizer | None
     dopt_norm: tuple[nn.Module, str] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,14 +58,28 @@ class QuantizedLayer(nn.Module):
         if quantizer.calibrating:
             self._refuse_replica()
             quantizer.observe(x)
-            return super().forward(*args, **kwargs)
+            return self._output(super().forward(*args, **kwargs))
         if not quantizer.prepare(x):
             return super().forward(*args, **kwargs)
         args, kwargs = with_input(original_class(self), args, kwargs, quantizer.quantize_input)
         with self.__dict__["dopt_lock"]:  # threads that run one model take turns in a layer
             weight: Any = self.weight
             with shadowed(self, weight=quantizer.quantize_weight(weight, norm_factor(self))):
-                return super().forward(*args, **kwargs)
+                made = super().forward(*args, **kwargs)
+        return self._output(made)
+
+    def _output(self, made: Any) -> Any:
+        """Observe or quantize the output where it is recorded, or leave that to the batch normalization's hook."""
+        output, norm = self.dopt_output, norm_of(self)
+        if output is None:
+            return made
+        if norm is None:
+            return output.take(made)
+        hook = _OutputHook(output)
+        if hook not in norm._forward_hooks.values():  # it is another module now than before
+            norm.register_forward_hook(hook)
+        output.pending += 1
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Name the original class, since this one is made at run time."""
@@ -77,10 +96,38 @@ class QuantizedLayer(nn.Module):
             )
 
 
-def quantize_in_place(layer: nn.Module, plan: LayerPlan, kind: LayerKind, norm: tuple[nn.Module, str] | None) -> None:
+class _OutputHook:
+    """What a batch normalization does with its output after the layer that it is folded into has run quantized."""
+
+    def __init__(self, output: OutputQuantizer) -> None:
+        self.output = output
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OutputHook) and other.output is self.output
+
+    def __hash__(self) -> int:
+        return id(self.output)
+
+    def __call__(self, _norm: nn.Module, _given: Any, made: Tensor) -> Tensor | None:
+        if not self.output.pending:
+            return None
+        self.output.pending -= 1
+        return self.output.take(made)
+
+
+def quantize_in_place(
+    layer: nn.Module,
+    plan: LayerPlan,
+    kind: LayerKind,
+    norm: tuple[nn.Module, str] | None,
+    rectifier: tuple[float, float] | None = None,
+) -> None:
     """Make ``layer`` a quantized layer."""
     weight: Any = layer.weight
     layer.dopt_quantizer = LayerQuantizer(plan, kind, weight).train(layer.training)
+    layer.dopt_output = None
+    if plan.output:
+        layer.dopt_output = OutputQuantizer(plan, kind, weight.device, rectifier).train(layer.training)
     layer.__dict__.update(dopt_norm=norm, dopt_lock=threading.RLock())
     layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]  # mypy doubts that types are hashable
 
@@ -88,6 +135,12 @@ def quantize_in_place(layer: nn.Module, plan: LayerPlan, kind: LayerKind, norm: 
 def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
     """Return the quantized layers of a model, wrapped or not."""
     return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+
+
+def activations(model: nn.Module) -> list[ActivationQuantizer]:
+    """Return what is known of the inputs of a model's quantized layers, and of the outputs that are recorded."""
+    pairs = [(layer.dopt_quantizer, layer.dopt_output) for layer in quantized_layers(model)]
+    return [quantizer for pair in pairs for quantizer in pair if quantizer is not None]
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:

@@ -165,6 +165,7 @@ def parameter_groups(
         for layer in quantized_layers(model)
         for gain in (layer.dopt_quantizer.input_gain, layer.dopt_quantizer.weight_gain)
     ]
+    gains += [layer.dopt_output.gain for layer in quantized_layers(model) if layer.dopt_output is not None]
     ours = {id(gain) for gain in gains}
     others = [parameter for parameter in model.parameters() if id(parameter) not in ours]
     return [

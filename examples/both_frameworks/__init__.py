@@ -1,0 +1,1 @@
+"""One strategy file for the same network in both frameworks."""

@@ -1,0 +1,1 @@
+"""What the examples on Fashion-MNIST share, without any framework."""

@@ -1,0 +1,1 @@
+"""Calibration and retraining of a small network in TensorFlow sessions."""
