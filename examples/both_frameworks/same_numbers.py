@@ -33,16 +33,14 @@ def main() -> None:
     calibration, pictures = _in_16_shades(given.train.part(0, 512).x), _in_16_shades(given.test.x)
 
     # 1. One file for both. Layers are named alike; what kind they are, each framework says in its own words, so that
-    # the optional op_type is left out. A session's graph has its shapes in its placeholders: no input_shape there
-    config_file, config_file_tf = given.folder / "config.json", given.folder / "config_tf.json"
+    # the optional op_type is left out. PyTorch needs the input_shape; TensorFlow's placeholders know theirs
+    config_file = given.folder / "config.json"
     by_torch.write_config(config_file)
     choose_strategy(config_file, "Quant_INT8-8")
     config = json.loads(config_file.read_text(encoding="utf-8"))
     for layer in config["layer_strategy"].values():
         del layer["op_type"]
     config_file.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-    del config["input_shape"]
-    config_file_tf.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
     # 2. With weights that are multiples of 1/64, all sums of the float network are exact: the frameworks see the same
     # data, and then have the same numbers. With weights of 24 bits, a sum's last bit depends on its order
@@ -52,7 +50,7 @@ def main() -> None:
         for folder in folders:
             folder.mkdir(exist_ok=True)
         one = by_torch.quantize(weights, calibration, pictures, config_file, folders[0])
-        other = by_tf.quantize(weights, calibration, pictures, config_file_tf, folders[1])
+        other = by_tf.quantize(weights, calibration, pictures, config_file, folders[1])
         print(f"{title}:")
         _compare(one, other)
 

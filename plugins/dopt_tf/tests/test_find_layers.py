@@ -1,12 +1,14 @@
 """Graphs as people have them: what is listed, what is refused and why, what is folded."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from graphs import batch_norm, session, weight
 
 import dopt_api
-from dopt_api.errors import ConfigError
+from dopt_api import facade
 from dopt_tf.find_layers import find_layers
 
 v1 = tf.compat.v1
@@ -176,6 +178,8 @@ def test_a_default_decides_where_nothing_else_does(control_flow):
     assert result.structure.layers["c"].norm is not None
 
 
-def test_an_input_shape_is_refused(tmp_path):
-    with session(lambda: conv(image())) as (sess, _), pytest.raises(ConfigError, match="placeholders"):
-        dopt_api.generate_config(sess, "x:1,8,8,3", tmp_path / "c.json")
+def test_a_strategy_file_may_name_input_shapes_for_other_frameworks(tmp_path):
+    with session(lambda: conv(image())) as (sess, _):
+        file = dopt_api.generate_config(sess, "x:1,8,8,3", tmp_path / "c.json")
+        assert json.loads(file.read_text())["input_shape"] == "x:1,8,8,3"
+        assert list(facade.check(sess, file).model_layers.structure.layers) == ["c"]

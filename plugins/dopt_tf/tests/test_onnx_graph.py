@@ -149,6 +149,20 @@ def test_equal_conversions_are_equal_bytes_in_other_processes_too(exported):
     assert file.read_bytes() == content
 
 
+def test_recorded_outputs_are_quantized_where_they_were_recorded(exported, tmp_path):
+    x = images()
+    folder = exported(small_net, {"x:0": x}, ["logits"], only=["conv1/Conv2D", "conv2/depthwise"], output=True)
+    given = read_params(folder / "quant_params.json").layers
+    file, params = as_onnx(folder)
+    edges = {edge: node for node in onnx.load(str(file)).graph.node for edge in node.output}
+    made = [edges[layer.output.tensor] for layer in params.layers]
+    assert [node.op_type for node in made] == ["Relu", "Relu"]
+    assert [layer.output.scale for layer in params.layers] == [layer.output.scale for layer in given]
+    verified = verify(folder / "quant_params.json", [{"x:0": x}])
+    assert verified.kernels["QLinearConv"] == 2  # the residual sum reads both
+    assert verified.sqnr_db > 25
+
+
 @pytest.mark.parametrize("strategy", ["Quant_INT16-8", "Quant_FLOAT-8"])
 def test_other_strategies(exported, tmp_path, strategy):
     x = images()

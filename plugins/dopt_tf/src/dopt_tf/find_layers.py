@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dopt_api.errors import ConfigError, ModelError
+from dopt_api.errors import ModelError
 from dopt_api.types import LayerInfo, ModelLayers
 from dopt_tf.inference_graph import NORMS, InferenceGraph, NodeDef, in_gradients, source_of, split
 from dopt_tf.layer_kinds import KINDS, Layout, channelwise_shape, layout_of
@@ -108,19 +108,13 @@ def find_layers(sess: Any, input_shape: str | None) -> ModelLayers:
 
     Args:
         sess: The session that holds the float graph.
-        input_shape: ``None``: a graph knows its shapes.
+        input_shape: Not looked at: a graph knows its shapes, and a strategy file may have been written for a framework
+            that needs it.
 
     Raises:
         ModelError: The graph is already quantized.
-        ConfigError: There is an ``input_shape``.
     """
-    if input_shape is not None:
-        raise ConfigError(
-            "TensorFlow graphs have their shapes in their placeholders",
-            where="input_shape",
-            expected="no 'input_shape'",
-            fix="Remove it from the strategy file.",
-        )
+    del input_shape
     graph = graph_of(sess)
     if quantization_of(graph) is not None:
         raise ModelError(

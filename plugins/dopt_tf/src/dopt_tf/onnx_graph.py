@@ -25,7 +25,7 @@ from tensorflow.compat.v1 import NodeDef
 from tf2onnx import optimizer, tfonnx
 
 from dopt_api.errors import FormatError, ParamsError
-from dopt_api.params import LayerParams, QuantParams
+from dopt_api.params import LayerParams, QuantParams, TensorParams
 from dopt_tf.export import OUTPUT
 from dopt_tf.inference_graph import split
 from dopt_tf.layer_kinds import KINDS
@@ -119,6 +119,8 @@ class _Frozen:
         if node.op == "MatMul" and place == 0:
             node = self._turned(node)
         self._take_bias(layer, node)
+        if layer.output is not None and split(layer.output.tensor)[0] not in self.nodes:
+            raise _foreign(self.file, layer, f"there is no output {layer.output.tensor!r}")
 
     def convert(self) -> Any:
         """Return the graph as ONNX, with an input for each weight.
@@ -280,6 +282,7 @@ class _Editor:
         return replace(
             layer,
             input=replace(layer.input, tensor=edge),
+            output=self._output(layer, node),
             weight=replace(layer.weight, axis=None if layer.weight.axis is None else int(new_axis)),
         )
 
@@ -299,8 +302,23 @@ class _Editor:
         return self.model
 
     def final(self, layer: LayerParams) -> LayerParams:
-        """Return a layer's parameters with the final name of its input."""
-        return replace(layer, input=replace(layer.input, tensor=self.names.get(layer.input.tensor, layer.input.tensor)))
+        """Return a layer's parameters with the final names of its input and output."""
+        made = layer.output
+        return replace(
+            layer,
+            input=replace(layer.input, tensor=self.names.get(layer.input.tensor, layer.input.tensor)),
+            output=None if made is None else replace(made, tensor=self.names.get(made.tensor, made.tensor)),
+        )
+
+    def _output(self, layer: LayerParams, node: Any) -> TensorParams | None:
+        """Return a layer's recorded output with its edge here: of its name, or the node's own.
+
+        Where the name is that of the sum with the bias, which is in the node now, it may be gone.
+        """
+        if layer.output is None:
+            return None
+        there = any(layer.output.tensor in one.output for one in self.graph.node)
+        return replace(layer.output, tensor=layer.output.tensor if there else node.output[0])
 
     def _computation(self, layer: LayerParams) -> tuple[Any, list[Any]]:
         """Return the node that computes with a layer's weight, and the nodes that move the weight's elements before."""
