@@ -233,6 +233,7 @@ def test_layers_without_integer_kernels_have_integer_weights_all_the_same(export
     (wanted,) = simulate(tmp_path, ["logits"], FEEDS)
     found = run(written())
     assert len(found.integer_layers()) == 1
+    assert found.kinds.count("QUANTIZE") == 4  # of two inputs, and of the outputs of the two that stay float
     assert sqnr(wanted, found.outputs[0]) > 30
 
 
