@@ -56,7 +56,7 @@ def mixed():
     y = tf.nn.conv3d(
         tf.reshape(y, [-1, 5, 5, 2, 2]), weight("solid/kernel", [3, 3, 1, 2, 3]), [1] * 5, "VALID", name="solid"
     )
-    tf.matmul(tf.reshape(y, [-1, 54]), weight("fc/kernel", [4, 54]), transpose_b=True, name="logits")
+    tf.matmul(tf.reshape(tf.tanh(y), [-1, 54]), weight("fc/kernel", [4, 54]), transpose_b=True, name="logits")
 
 
 MIXED = {"weights_only": "Quant_FLOAT-8", "logits": "Quant_FLOAT-4"}
@@ -144,6 +144,13 @@ def test_a_chain_runs_in_integers_with_the_scales_and_integers_of_the_parameter_
     layers = found.integer_layers()
     assert not caplog.records
     assert len(layers) == len(params.layers) == 4
+    codes = [
+        (found.model.name_of(one), found.model.model.operatorCodes[one.opcodeIndex].version)
+        for one in found.model.operators
+        if found.model.name_of(one) == "QUANTIZE"
+    ]
+    assert codes == [("QUANTIZE", 1), ("QUANTIZE", 2), ("QUANTIZE", 2)]  # from float, and from other integers
+    assert not found.model.model.metadata
     for operator, layer in zip(layers, params.layers, strict=True):
         source, kernel, bias = operator.inputs
         assert_grid(found, source, layer.input)
@@ -233,6 +240,10 @@ def test_layers_without_integer_kernels_have_integer_weights_all_the_same(export
     (wanted,) = simulate(tmp_path, ["logits"], FEEDS)
     found = run(written())
     assert len(found.integer_layers()) == 1
+    for kind in ("TRANSPOSE_CONV", "CONV_3D"):
+        operator = found.model.operators[found.kinds.index(kind)]
+        (reader,) = [one for one in found.model.operators if operator.outputs[0] in one.inputs]
+        assert found.model.name_of(reader) == "QUANTIZE"
     assert sqnr(wanted, found.outputs[0]) > 30
 
 
