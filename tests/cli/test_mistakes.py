@@ -135,7 +135,7 @@ MISTAKES = {
     "config set config.json --strategy Quant_INT88": "no strategy 'Quant_INT88'. Expected*Did you mean 'Quant_INT8-8'?",
     "config set config.json --strategy float --layer conv": "--layer 'conv' matches no layer of config.json. Use *",
     "config set config.json --range mean": "There is no range method 'mean'. Expected: one of min_max",
-    "config set config.json --layer conv*": "--strategy NAME, --range NAME, or both",
+    "config set config.json --layer conv*": "--strategy NAME, --range NAME, --record-output, or several",
     # places
     f"{QUANTIZE.replace('out', 'mine.py')}": "'mine.py' is a file",
     f"{QUANTIZE.replace('out', 'mine.py/out')}": "cannot be made: Not a directory. Where: */mine.py/out/*Pass another",
