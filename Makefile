@@ -24,9 +24,9 @@ help:
 	@echo '             small examples on Fashion-MNIST (examples/README.md); on made-up pictures: ARGS=--smoke'
 	@echo 'make bench   cost and accuracy on that network'
 
-# One environment or part of it: make test ARGS="-e py311-torch -- -k export"
+# Two rows at a time. One environment or part of it: make test ARGS="-e py311-torch -- -k export"
 test: $(TEST_VENV)/.installed
-	$(TEST_VENV)/bin/tox $(ARGS)
+	$(TEST_VENV)/bin/tox run-parallel --parallel 2 --parallel-live $(ARGS)
 
 $(TEST_VENV)/.installed: Makefile
 	$(PYTHON) -m venv --clear $(TEST_VENV)

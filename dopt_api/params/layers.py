@@ -25,8 +25,9 @@ __all__ = ["FloatLayer", "QuantizedLayer", "fold", "quantize_layer"]
 
 Float32 = NDArray[np.float32]
 
-BIAS_LIMIT = float(2**31 - 2**9)
-"""The greatest integer of a bias: below ``2**31 - 1`` by what float32 rounding of scales and quotient can add."""
+BIAS_LIMIT = float(2**30)
+"""The greatest integer of a bias. The other half of int32 is for the sums, to which kernels add it and which wrap
+around without a word: enough for 33,000 products of 8 bits by 8 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +100,9 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Fold and quantize one layer.
 
-    Where a weight channel is so small that its bias would not fit int32 at the scale ``input * weight``, or that this
-    scale would not be a normal float32, the weight's scale is raised until it does; the weights of such a channel are
-    far below one step of its bias anyway.
+    Where a weight channel is so small that its bias would not fit half of int32 at the scale ``input * weight``, or
+    that this scale would not be a normal float32, the weight's scale is raised until it does; the weights of such a
+    channel are far below one step of its bias anyway.
 
     Args:
         layer: The float layer.
