@@ -77,6 +77,7 @@ class Verification:
         kernels_db: Of the optimized form against the form as it stands: what the kernels change; infinite if nothing.
         kernels: How many nodes of each operator that multiplies the optimized form has, such as ``QLinearConv``.
         nodes: Which nodes run in integers, and why the others do not.
+        reference_db: Of the outputs of the optimized form against the reference, where one was given.
     """
 
     layers: tuple[LayerCheck, ...]
@@ -86,19 +87,29 @@ class Verification:
     kernels_db: float
     kernels: Mapping[str, int]
     nodes: tuple[NodeKind, ...] = ()
+    reference_db: float | None = None
 
 
 def verify(
-    params_file: StrPath, feeds: Iterable[Feed] | None = None, *, samples: int = 8, seed: int = 0
+    params_file: StrPath,
+    feeds: Iterable[Feed] | None = None,
+    *,
+    samples: int = 8,
+    seed: int = 0,
+    reference: StrPath | None = None,
 ) -> Verification:
     """Run an export in float and in integers over the same data and compare.
+
+    Float is the exported graph, whose weights lie on their grids: the figures are what the activations lose. What the
+    weights lose as well is seen against the float network itself, as ``reference``.
 
     Args:
         params_file: The ``quant_params.json`` of an export, with its model beside it.
         feeds: Arrays by input name, a mapping for each batch; by default made up, uniform over the ranges of the
-            layers that take the inputs.
+            layers that take the inputs. A batch is cut where the model has a fixed batch size that divides it.
         samples: How many samples are made up.
         seed: Of what is made up.
+        reference: An ONNX model of the float network, with the same inputs and outputs.
 
     Raises:
         ParamsError: The parameter file cannot be read, or is not that of the model.
@@ -108,7 +119,11 @@ def verify(
         model, params = as_onnx(*read_export(params_file), Path(folder))
         get_format("onnx_qdq")(model, params, Path(folder))
         integer = Path(folder) / f"{model.stem}.qdq.onnx"
-        data = [_made_up(onnx.load(str(model)), params, samples, seed)] if feeds is None else list(feeds)
+        graph = onnx.load(str(model)).graph
+        if feeds is None:
+            data = [_made_up(graph, params, samples, seed)]
+        else:
+            data = [part for feed in feeds for part in _cut(graph, feed)]
         outputs = [_output_of(onnx.load(str(model)), layer) for layer in params.layers]
         taken = [layer.input.tensor for layer in params.layers]
         exact = _run(model, data, [*outputs, *taken])
@@ -119,6 +134,7 @@ def verify(
         hazards = _hazards(onnx.load(str(integer)), params)
         nodes = nodes_of(onnx.load(str(integer)), params)
         off = _off(integer, params, data[0])
+        wanted = None if reference is None else _run(Path(reference), data, [])
     layers = tuple(
         LayerCheck(
             layer.name,
@@ -133,7 +149,8 @@ def verify(
     ends = [np.concatenate([run[name].reshape(-1) for name in exact[""]]) for run in (exact, found, fast)]
     sqnr_db, cosine = _alike(ends[0], ends[1])
     optimized_db, kernels_db = _alike(ends[0], ends[2])[0], _alike(ends[1], ends[2])[0]
-    return Verification(layers, sqnr_db, cosine, optimized_db, kernels_db, kernels, nodes)
+    reference_db = None if wanted is None else _against(wanted, ends[2], Path(str(reference)))
+    return Verification(layers, sqnr_db, cosine, optimized_db, kernels_db, kernels, nodes, reference_db)
 
 
 def _run(file: Path, data: Sequence[Feed], edges: Sequence[str], optimized: Path | None = None) -> dict[str, Any]:
@@ -174,21 +191,77 @@ def _batches(
     ]
 
 
+def _against(wanted: Mapping[str, Any], found: NDArray[Any], reference: Path) -> float:
+    """Return the signal to noise ratio of all outputs against those of a reference, in dB."""
+    exact = np.concatenate([wanted[name].reshape(-1) for name in wanted[""]])
+    if exact.size != found.size:
+        raise FormatError(
+            f"The outputs of the reference {reference.name!r} have {exact.size} numbers, the export's {found.size}",
+            where=str(reference),
+            expected="the float network of this export, with the same outputs",
+            fix="Export the float network with the same outputs, in the same order.",
+        )
+    return _alike(exact, found)[0]
+
+
+def _cut(graph: Any, feed: Feed) -> list[Feed]:
+    """Return a batch in parts of the model's own batch size.
+
+    Raises:
+        FormatError: An input is missing, or its array has another shape.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    shapes = {
+        value.name: [one.dim_value for one in value.type.tensor_type.shape.dim]  # 0 where it is open
+        for value in graph.input
+        if value.name not in constants
+    }
+    counts = set()
+    for name, shape in shapes.items():
+        given = None if name not in feed else np.shape(feed[name])
+        fits = given is not None and len(given) == len(shape) and all(map(_fits, given[1:], shape[1:]))
+        if given is None or not fits or (shape and shape[0] and given[0] % shape[0]):
+            sizes = "x".join(str(size or "any") for size in shape)
+            more = ", or a multiple of the first" if shape and shape[0] else ""
+            raise FormatError(
+                f"The data have {'no array' if given is None else f'an array of the shape {list(given)}'} for {name!r}",
+                where=f"input {name!r} of the model",
+                expected=f"an array of {sizes} numbers{more}",
+                fix=f"Give an array for each of {', '.join(map(repr, shapes))}; dopt quantize --dynamic-batch leaves "
+                "the batch size open.",
+            )
+        counts.add(given[0] // shape[0] if shape and shape[0] else 1)
+    if counts <= {1}:
+        return [feed]
+    if len(counts) > 1:
+        raise FormatError(
+            "The arrays of the data have different numbers of batches",
+            expected="as many samples in each",
+            fix="Give arrays of one batch.",
+        )
+    parts = {name: np.array_split(np.asarray(feed[name]), max(counts)) for name in shapes}
+    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+
+
+def _fits(given: int, size: int) -> bool:
+    return not size or given == size
+
+
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return all values, whatever the shapes of the batches."""
     return np.concatenate([np.asarray(part).reshape(-1) for part in parts])
 
 
-def _made_up(model: Any, params: QuantParams, samples: int, seed: int) -> Feed:
+def _made_up(graph: Any, params: QuantParams, samples: int, seed: int) -> Feed:
     generator = np.random.default_rng(seed)
-    turned = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     ranges = {
         turned.get(layer.input.tensor, layer.input.tensor): layer.input
         for layer in params.layers
         if layer.input.quantized
     }
     feed = {}
-    for value in model.graph.input:
+    for value in graph.input:
         dimensions = [one.dim_value for one in value.type.tensor_type.shape.dim]
         if value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT or not all(dimensions[1:]):
             raise FormatError(
@@ -247,7 +320,11 @@ def _off(integer: Path, params: QuantParams, feed: Feed) -> list[int | None]:
     decoders = {layer.name: makers[nodes[layer.node].input[0]] for layer in quantized_inputs}
     outputs = {layer.name: str(nodes[layer.node].output[0]) for layer in quantized_inputs}
     edges = [*(str(node.input[0]) for node in decoders.values()), *outputs.values()]
-    _, (values,) = _batches(integer, [{name: np.asarray(array)[:1] for name, array in feed.items()}], edges)
+    sizes = {value.name: value.type.tensor_type.shape.dim[:1] for value in graph.input if value.name in feed}
+    first = {
+        name: np.asarray(feed[name])[: next((one.dim_value for one in size), 1) or 1] for name, size in sizes.items()
+    }
+    _, (values,) = _batches(integer, [first], edges)
     found: list[int | None] = []
     for layer in params.layers:
         if not layer.input.quantized:

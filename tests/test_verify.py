@@ -73,6 +73,63 @@ def test_the_hazard_is_told_from_the_weights(tmp_path, strategy, weights, share)
     assert verify(tmp_path / "quant_params.json", [{"x0": x}]).layers[0].hazard == share
 
 
+def fixed_batch(folder, size):
+    """Write the network with a batch size of its own."""
+    network(folder)
+    model = onnx.load(str(folder / "model.onnx"))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = size
+    onnx.save(model, str(folder / "model.onnx"))
+    return folder / "quant_params.json"
+
+
+def test_a_batch_is_cut_for_a_model_with_a_batch_size_of_its_own(tmp_path):
+    x = np.random.default_rng(2).standard_normal((6, 3, 5, 5)).astype(np.float32)
+    network(tmp_path)
+    wanted = verify(tmp_path / "quant_params.json", [{"x0": x[:2]}, {"x0": x[2:4]}, {"x0": x[4:]}])
+    found = verify(fixed_batch(tmp_path, 2), [{"x0": x}])
+    assert (found.sqnr_db, found.layers[1].clipped) == (wanted.sqnr_db, wanted.layers[1].clipped)
+
+
+@pytest.mark.parametrize(
+    ("feed", "what"),
+    [
+        ({}, "no array for 'x0'"),
+        ({"x0": np.zeros((3, 3, 5, 5))}, r"the shape \[3, 3, 5, 5\]"),
+        ({"x0": np.zeros((2, 4, 5, 5))}, r"the shape \[2, 4, 5, 5\]"),
+        ({"x0": np.zeros((2, 3, 5))}, r"the shape \[2, 3, 5\]"),
+    ],
+)
+def test_data_of_another_shape_are_told_with_the_shape_that_fits(tmp_path, feed, what):
+    with pytest.raises(FormatError, match=what) as found:
+        verify(fixed_batch(tmp_path, 2), [feed])
+    assert "2x3xanyxany" in str(found.value)
+    assert "--dynamic-batch" in str(found.value)
+
+
+def test_a_reference_shows_what_the_weights_lose_as_well(tmp_path):
+    network(tmp_path)
+    x = np.random.default_rng(3).standard_normal((2, 3, 6, 6)).astype(np.float32)
+    feeds = [{"x0": x}]
+    assert verify(tmp_path / "quant_params.json", feeds).reference_db is None
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("w"):
+            values = numpy_helper.to_array(tensor) * np.float32(1.1)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, str(tmp_path / "float.onnx"))
+    found = verify(tmp_path / "quant_params.json", feeds, reference=tmp_path / "float.onnx")
+    (integer,) = convert(tmp_path / "quant_params.json", "onnx_qdq", tmp_path)
+    wanted, given = run(tmp_path / "float.onnx", x).astype(np.float64), run(integer, x, optimized=True)
+    noise = np.square(given - wanted).sum()
+    assert math.isclose(found.reference_db, 10 * math.log10(np.square(wanted).sum() / noise), rel_tol=1e-3)
+    assert found.reference_db < found.optimized_db
+    np.savez(tmp_path / "x.npz", x0=x)
+    arguments = (tmp_path, "--data", tmp_path / "x.npz", "--reference", tmp_path / "float.onnx")
+    assert f"{found.reference_db:.2f} dB" in call(*arguments).output
+    assert call(*arguments, "--min-sqnr", found.reference_db + 1).exit_code == 1
+
+
 def test_data_are_made_up_where_that_can_be_done(tmp_path):
     network(tmp_path)
     file = tmp_path / "quant_params.json"
@@ -87,7 +144,7 @@ def test_data_are_made_up_where_that_can_be_done(tmp_path):
 
 def test_data_that_do_not_fit_are_refused(tmp_path):
     network(tmp_path)
-    with pytest.raises(FormatError, match=r"does not run 'model\.onnx' on the data"):
+    with pytest.raises(FormatError, match=r"an array of the shape"):
         verify(tmp_path / "quant_params.json", [{"x0": np.zeros((1, 5, 6, 6), np.float32)}])
 
 

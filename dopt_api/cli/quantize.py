@@ -78,7 +78,7 @@ def command(
     plan = facade.check(model, config, backend=chosen.name)
     if not plan.quantized:
         raise click.ClickException(
-            f"Every layer in {config} is 'float'. Fix: dopt config set {config} --strategy NAME."
+            f"Every layer in {config} is 'float'. Fix: dopt config set {config} --strategy Quant_INT8-8 (or another)."
         )
     try:
         calibrate, _ = extensions.load(extensions.POST_TRAINING, chosen.name)

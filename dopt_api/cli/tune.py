@@ -94,7 +94,7 @@ def command(
     plan = facade.check(model, config, backend=chosen.name)
     if not plan.quantized:
         raise click.ClickException(
-            f"Every layer in {config} is 'float'. Fix: dopt config set {config} --strategy NAME."
+            f"Every layer in {config} is 'float'. Fix: dopt config set {config} --strategy Quant_INT8-8 (or another)."
         )
     try:
         measure, _ = extensions.load(extensions.SENSITIVITY, chosen.name)

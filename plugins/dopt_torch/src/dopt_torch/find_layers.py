@@ -67,7 +67,7 @@ def find_layers(model: nn.Module, input_shape: str | None) -> ModelLayers:
             "There is no input shape",
             where="input_shape",
             expected="the shapes of the model as deployed, such as 'x:1,3,224,224'",
-            fix="Pass input_shape to generate_config_file; it is kept in the strategy file.",
+            fix="Pass input_shape to generate_config_file (dopt config new: --input-shape); the file keeps it.",
         )
     inputs = config.parse_input_shape(input_shape)
     try:
