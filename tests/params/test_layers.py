@@ -128,7 +128,7 @@ def test_biases_leave_half_of_int32_to_the_sums_at_a_scale_raised_to_the_limit(i
 @given(hnp.arrays(F32, (2, 3), elements=normal_scales), hnp.arrays(F32, 2, elements=finite), normal_scales)
 def test_scales_are_raised_only_where_the_bias_does_not_fit(weight, bias, input_scale):
     plain = quantized(weight, input_scale=input_scale).weight_scale
-    fits = np.abs(bias.astype(np.float64)) < float(input_scale) * plain.astype(np.float64) * (2**31 - 2**10)
+    fits = np.abs(bias.astype(np.float64)) < float(input_scale) * plain.astype(np.float64) * (2**30 - 2**9)
     fits &= float(input_scale) * plain.astype(np.float64) >= 2 * SMALLEST_SCALE
     raised = quantized(weight, np.where(fits, bias, F32(0)), input_scale).weight_scale
     np.testing.assert_array_equal(raised[fits], plain[fits])
