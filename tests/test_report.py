@@ -102,7 +102,7 @@ def test_the_page_has_the_export_without_data(export):
     assert len(weights[0]["counts"]) <= details.BINS
     assert [one["inputs"] for one in page.details] == [None, None]
     size = (108 + 144 / 2) / 1e6
-    assert f"252, {size:.2f} MB in place of {252 * 4 / 1e6:.2f} MB" in text
+    assert f"252, {size * 1e3:.1f} kB in place of {252 * 4 / 1e3:.1f} kB" in text
     assert write_report(export, export / "again.html").read_text() == text
 
 

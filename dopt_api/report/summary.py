@@ -48,7 +48,7 @@ def summarize(
     if parts:
         number = sum(integers[name].size for name in parts)
         size = sum(integers[name].size * bits for name, bits in parts.items()) / 8
-        rows.append(("quantized weights", f"{number:,}, {size / 1e6:.2f} MB in place of {number * 4 / 1e6:.2f} MB"))
+        rows.append(("quantized weights", f"{number:,}, {_size(size)} in place of {_size(number * 4)}"))
     if nodes:
         from dopt_api.formats.integer_nodes import summary  # noqa: PLC0415  # needs the extra onnx
 
@@ -73,6 +73,11 @@ def sizes(model: Path, files: Sequence[Path]) -> list[tuple[str, str, float]]:
         return []
     most = max(size for _, size in found)
     return [
-        (file.name, f"{size / 1e6:.2f} MB, {size / whole:.0%}", size / most)
+        (file.name, f"{_size(size)}, {size / whole:.0%}", size / most)
         for file, size in sorted(found, key=lambda pair: -pair[1])
     ]
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
