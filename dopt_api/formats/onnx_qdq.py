@@ -2,8 +2,8 @@
 
 Weights are stored as int8 and biases as int32, each behind a ``DequantizeLinear``; the input of a quantized layer
 passes through ``QuantizeLinear`` and ``DequantizeLinear``, and so does its output where that is recorded. ONNX
-Runtime, TensorRT and OpenVINO replace the pattern by
-integer kernels (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+Runtime and OpenVINO replace the pattern by integer kernels, TensorRT where all zero points are 0
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 """
 
 from __future__ import annotations
