@@ -124,15 +124,15 @@ def verify(
             data = [_made_up(graph, params, samples, seed)]
         else:
             data = [part for feed in feeds for part in _cut(graph, feed)]
-        outputs = [_output_of(onnx.load(str(model)), layer) for layer in params.layers]
+        outputs = [_output_of(graph, layer) for layer in params.layers]
         taken = [layer.input.tensor for layer in params.layers]
         exact = _run(model, data, [*outputs, *taken])
         found = _run(integer, data, outputs)
         optimized_file = Path(folder) / "optimized.onnx"
         fast = _run(integer, data, [], optimized_file)
         kernels = _multiplying(onnx.load(str(optimized_file)))
-        hazards = _hazards(onnx.load(str(integer)), params)
-        nodes = nodes_of(onnx.load(str(integer)), params)
+        form = onnx.load(str(integer))
+        hazards, nodes = _hazards(form, params), nodes_of(form, params)
         off = _off(integer, params, data[0])
         wanted = None if reference is None else _run(Path(reference), data, [])
     layers = tuple(
@@ -280,8 +280,8 @@ def _made_up(graph: Any, params: QuantParams, samples: int, seed: int) -> Feed:
     return feed
 
 
-def _output_of(model: Any, layer: LayerParams) -> str:
-    return next(str(node.output[0]) for node in model.graph.node if node.name == layer.node)
+def _output_of(graph: Any, layer: LayerParams) -> str:
+    return next(str(node.output[0]) for node in graph.node if node.name == layer.node)
 
 
 def _alike(exact: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:

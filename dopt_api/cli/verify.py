@@ -116,7 +116,7 @@ def _show_nodes(nodes: Sequence[NodeKind]) -> None:
     """Show how many nodes run in integers, and why others that multiply do not."""
     from dopt_api.formats.integer_nodes import MULTIPLYING, summary  # noqa: PLC0415  # needs onnx
 
-    click.echo(f"{summary(nodes)}")
+    click.echo(summary(nodes))
     left = [node for node in nodes if node.op_type in MULTIPLYING and not node.integer]
     if left:
         click.echo()
